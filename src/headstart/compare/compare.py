@@ -119,10 +119,22 @@ class Comparison:
     def __str__(self) -> str:
         """The table for a terminal."""
         wide = max(12, *(len(outcome.name) + 2 for outcome in self.outcomes))
-        head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'':4}{'diversity':>11}{'95 %':>16}"
-        head += "".join(f"{word_of(space):>11}{'95 %':>16}" for space in self.spaces[1:])
-        head += f"{'Vendi':>8}{'score':>8}"
-        return "\n".join([head, *(_line(outcome, wide) for outcome in self.outcomes)])
+        words = ("diversity", *map(word_of, self.spaces[1:]))
+        head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'':4}"
+        head += "".join(f"{word:>11}{'95 %':>16}" for word in words) + f"{'Vendi':>8}{'score':>8}"
+        lines = [head]
+        for own in self.outcomes:
+            line = f"{own.name:<{wide}}{own.passes:>8}{own.latency_s:>9.2f}{f' x{own.rounds}':<4}"
+            for diversity, _ in own.spaces.values():
+                value = ends = "-"
+                if diversity is not None:
+                    value = f"{diversity.value:.3f}"
+                    ends = f"{diversity.low:.3f} .. {diversity.high:.3f}"
+                    ends = ends if diversity.has_ends else "-"
+                line += f"{value:>11}{ends:>16}"
+            score = "-" if own.score is None else f"{own.score:.2f}"
+            lines.append(f"{line}{own.variety.vendi:>8.2f}{score:>8}")
+        return "\n".join(lines)
 
 
 def compare_tables(
@@ -188,20 +200,19 @@ def compare(
             images[name] = trajectory.rgb.cpu().numpy()
             seconds[name].append(time.perf_counter() - start)
             passes[name] = trajectory.passes
-    outcomes: list[Outcome] = []
-    for name, rgb in images.items():
-        scores = None if judge.score is None else judge.score(rgb, [final_text(prompt)] * len(rgb))
-        outcomes.append(
-            Outcome(
-                name=name,
-                passes=passes[name],
-                latency_s=statistics.median(seconds[name]),
-                rounds=len(seconds[name]),
-                images=rgb,
-                spaces={space.name: SeedVariety.of(rgb, space) for space in judge.spaces},
-                score=None if scores is None else float(scores.mean()),
-            )
+    texts, score = [final_text(prompt)] * len(seeds), judge.score
+    outcomes = [
+        Outcome(
+            name=name,
+            passes=passes[name],
+            latency_s=statistics.median(seconds[name]),
+            rounds=len(seconds[name]),
+            images=rgb,
+            spaces={space.name: SeedVariety.of(rgb, space) for space in judge.spaces},
+            score=None if score is None else float(score(rgb, texts).mean()),
         )
+        for name, rgb in images.items()
+    ]
     return Comparison(
         prompt=prompt,
         seeds=tuple(seeds),
@@ -264,36 +275,14 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
     bar = None
     if (own := outcome.variety.diversity) is not None:
         words = ("diversity", *map(word_of, list(outcome.spaces)[1:]))
-        values = (variety.diversity for variety in outcome.spaces.values())
-        pairs = zip(words, ("-" if v is None else f"{v.value:.3f}" for v in values), strict=True)
-        notes.append(" · ".join(map(" ".join, pairs)))
+        values = [variety.diversity for variety in outcome.spaces.values()]
+        shown = ["-" if value is None else f"{value.value:.3f}" for value in values]
+        notes.append(" · ".join(map(" ".join, zip(words, shown, strict=True))))
         bar = own.value / highest if highest > 0 else 0.0
     if outcome.score is not None:
         notes.append(f"prompt score {outcome.score:.2f}")
-    return Row(
-        name=outcome.name,
-        images=outcome.images,
-        notes=tuple(notes),
-        bar=bar,
-        accent=outcome.name == "hybrid",
-    )
-
-
-def _line(outcome: Outcome, wide: int) -> str:
-    score = outcome.score
-    varied = "".join(_interval(variety.diversity) for variety in outcome.spaces.values())
-    return (
-        f"{outcome.name:<{wide}}{outcome.passes:>8}{outcome.latency_s:>9.2f}"
-        f"{f' x{outcome.rounds}':<4}{varied}"
-        f"{outcome.variety.vendi:>8.2f}{'-' if score is None else f'{score:.2f}':>8}"
-    )
-
-
-def _interval(own: Interval | None) -> str:
-    if own is None:
-        return f"{'-':>11}{'-':>16}"
-    ends = f"{own.low:.3f} .. {own.high:.3f}" if own.has_ends else "-"
-    return f"{own.value:>11.3f}{ends:>16}"
+    accent = outcome.name == "hybrid"
+    return Row(name=outcome.name, images=outcome.images, notes=tuple(notes), bar=bar, accent=accent)
 
 
 def _setting(engine: Engine) -> str:

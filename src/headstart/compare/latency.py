@@ -67,17 +67,10 @@ class Cost:
         return self.images / self.stages["total"].p50 * 1e3
 
     def to_json(self) -> dict[str, Any]:
-        latency = {stage: spread._asdict() for stage, spread in self.stages.items()}
-        return {
-            "plan": self.plan,
-            "runner": self.runner,
-            "passes": self.passes,
-            "images": self.images,
-            "first_ms": self.first_ms,
-            "latency_ms": latency,
-            "images_per_s": self.images_per_s,
-            "peak_bytes": self.peak_bytes,
-        }
+        facts = asdict(self)
+        stages: Mapping[str, Spread] = facts.pop("stages")
+        latency = {stage: spread._asdict() for stage, spread in stages.items()}
+        return {**facts, "latency_ms": latency, "images_per_s": self.images_per_s}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +92,17 @@ class Costs:
     def __str__(self) -> str:
         """The table for a terminal: p50 / p99 in milliseconds."""
         head = f"{'plan':<15}{'runner':<10}{'passes':>7}{'first ms':>10}"
-        head += "".join(f"{stage:>16}" for stage in STAGES) + f"{'images/s':>10}{'peak MB':>9}"
-        return "\n".join([head, *map(_line, self.cases)])
+        lines = [
+            head + "".join(f"{stage:>16}" for stage in STAGES) + f"{'images/s':>10}{'peak MB':>9}"
+        ]
+        for cost in self.cases:
+            stages = "".join(f"{s.p50:>9.1f}/{s.p99:<6.1f}" for s in cost.stages.values())
+            peak = "-" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.0f}"
+            lines.append(
+                f"{cost.plan:<15}{cost.runner:<10}{cost.passes:>7}{cost.first_ms:>10.1f}{stages}"
+                f"{cost.images_per_s:>10.2f}{peak:>9}"
+            )
+        return "\n".join(lines)
 
     def footer(self) -> str:
         """What the numbers are, and where they were taken."""
@@ -134,16 +136,21 @@ def latency(
             f"{len(cases)}, {rounds} and {warmup}"
         )
 
-    def run(case: Case) -> Trajectory:
-        return case.engine.sample(
+    def run(case: Case) -> _Run:
+        device = case.engine.device
+        _forget_peak(device)
+        start = time.perf_counter()
+        trajectory = case.engine.sample(
             prompt, plan=case.table, seeds=seeds, size=size, batch=batch, on_step=on_step
         )
+        trajectory.rgb.cpu()
+        return _Run(trajectory, (time.perf_counter() - start) * 1e3, _peak_bytes(device))
 
-    first = [_measure(case, run) for case in cases]
+    first = [run(case) for case in cases]
     for case in cases:
         for _ in range(warmup - 1):
-            _measure(case, run)
-    turns = [[_measure(case, run) for case in cases] for _ in range(rounds)]
+            run(case)
+    turns = [[run(case) for case in cases] for _ in range(rounds)]
     measured = zip(cases, first, zip(*turns, strict=True), strict=True)
     return Costs(
         prompt=prompt,
@@ -174,15 +181,6 @@ class _Run(NamedTuple):
     trajectory: Trajectory
     total_ms: float
     peak_bytes: int | None
-
-
-def _measure(case: Case, run: Callable[[Case], Trajectory]) -> _Run:
-    _forget_peak(case.engine.device)
-    start = time.perf_counter()
-    trajectory = run(case)
-    trajectory.rgb.cpu()
-    total_ms = (time.perf_counter() - start) * 1e3
-    return _Run(trajectory, total_ms, _peak_bytes(case.engine.device))
 
 
 def _cost(case: Case, cold: _Run, runs: Sequence[_Run]) -> Cost:
@@ -216,12 +214,3 @@ def _peak_bytes(device: torch.device) -> int | None:
         return None
     lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))
     return next((int(words[1]) * 1024 for words in lines), None)
-
-
-def _line(cost: Cost) -> str:
-    stages = "".join(f"{s.p50:>9.1f}/{s.p99:<6.1f}" for s in cost.stages.values())
-    peak = "-" if cost.peak_bytes is None else f"{cost.peak_bytes / 1e6:.0f}"
-    return (
-        f"{cost.plan:<15}{cost.runner:<10}{cost.passes:>7}{cost.first_ms:>10.1f}{stages}"
-        f"{cost.images_per_s:>10.2f}{peak:>9}"
-    )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ from headstart.sampler import State
 from headstart.spaces.extractor import Judge
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slid:
+class Slid(NamedTuple):
     """One plan: images uint8 [strengths, seeds, H, W, 3], their cost, and a score a strength."""
 
     plan: str
@@ -44,8 +43,7 @@ class Slid:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strip:
+class Strip(NamedTuple):
     """What `slide` found, in the order of its plans."""
 
     prompt: str
@@ -123,17 +121,8 @@ def slide(
         scores = None
         if score is not None and toward is not None:
             scores = tuple(float(score(part, [toward] * len(part)).mean()) for part in images)
-        plans.append(
-            Slid(plan=name, passes=run.passes, latency_s=seconds, images=images, scores=scores)
-        )
-    return Strip(
-        prompt=prompt,
-        adapter=adapter,
-        strengths=tuple(strengths),
-        seeds=tuple(seeds),
-        toward=toward,
-        plans=tuple(plans),
-    )
+        plans.append(Slid(name, run.passes, seconds, images, scores))
+    return Strip(prompt, adapter, tuple(strengths), tuple(seeds), toward, tuple(plans))
 
 
 def strip_of(strip: Strip) -> Image.Image:

@@ -52,11 +52,6 @@ class Cads(Method):
     high: float = 0.9
     mix: float = 1.0
 
-    def __post_init__(self) -> None:
-        Method.__post_init__(self)
-        if not self.low < self.high:
-            raise InputError(f"diversify cads: low={self.low:g} is not below high={self.high:g}")
-
     def gamma(self, t: float) -> float:
         """How much of the prompt is left at time t in 0 .. 1."""
         return min(1.0, max(0.0, (self.high - t) / (self.high - self.low)))

@@ -25,13 +25,6 @@ class Interval(Method):
     low: float
     high: float = math.inf
 
-    def __post_init__(self) -> None:
-        Method.__post_init__(self)
-        if not self.low < self.high:
-            raise InputError(
-                f"diversify interval: low={self.low:g} is not below high={self.high:g}"
-            )
-
     def check(self, table: StepTable) -> None:
         guided = [step for step in table if step.guidance != 1.0]
         inside = [step for step in guided if self._holds(step)]

@@ -115,13 +115,17 @@ class Method(Protocol):
     least: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        """Raise InputError unless every field is within its limits, or is its default."""
+        """Raise InputError unless every field is within its limits, or is its default, and `low`
+        is below `high`."""
         for own in fields(self):  # pyright: ignore[reportArgumentType]
             value, limits = getattr(self, own.name), self.limits[own.name]
             if value not in limits and (own.default is MISSING or value != own.default):
                 raise InputError(
                     f"diversify {self.name}: {own.name} is {limits}, got {value!r:.40}"
                 )
+        low, high = (getattr(self, name, None) for name in ("low", "high"))
+        if low is not None and high is not None and not low < high:
+            raise InputError(f"diversify {self.name}: low={low:g} is not below high={high:g}")
 
     def __str__(self) -> str:
         """`NAME:VALUE[,key=value...]`, without what is left at its default."""

@@ -79,13 +79,10 @@ def _open(name: str) -> Judge:
         return _bundled()
     if name == "imagenet":
         return _imagenet()
-    kind, colon, path = name.partition(":")
-    if colon and kind in KINDS and not Path(name).exists():
-        return _published(Path(path), name, kind)
-    return _published(Path(name), name, None)
-
-
-def _published(path: Path, name: str, kind: str | None) -> Judge:
+    path, kind = Path(name), None
+    head, colon, rest = name.partition(":")
+    if colon and head in KINDS and not path.exists():
+        path, kind = Path(rest), head
     if not path.exists():
         raise InputError(
             f"features {name!r}: expected {', '.join(NAMES)}, a file of Inception or ImageReward, "

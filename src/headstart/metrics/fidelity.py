@@ -103,7 +103,8 @@ def kid(
     reference stays as it is. A prompt drawn twice has more pairs of its own, so the draws are taken
     around their own mean.
     """
-    a, b = _alike(features, reference)
+    a, b = (checked(own, at_least=2) for own in (features, reference))
+    _check_width(a, b)
     draws = _draws(len(a), sizes, by, resamples)
     weights = np.concatenate([np.ones((1, len(a))), draws])
     ones = np.ones((1, len(b)))
@@ -145,7 +146,8 @@ def neighbours_interval(
 
 def _neighbours(features: Array, reference: Array, k: int, draws: Array) -> Array:
     """[1 + R, 4]: of all images, then of each of draws [R, n]."""
-    a, b = _alike(features, reference)
+    a, b = (checked(own, at_least=2) for own in (features, reference))
+    _check_width(a, b)
     if k < 1 or min(len(a), len(b)) <= k:
         raise InputError(
             f"{k} nearest neighbours need more than {k} images in both sets, got {len(a)} and "
@@ -204,19 +206,13 @@ def _frechet_drawn(features: Array, rooted: Array, weights: Array, reference: Mo
 
 
 def _frechet_to(features: Array, reference: Moments, root: Array) -> float:
-    factor = _factor(features)
+    factor = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    if len(factor) > factor.shape[1]:  # [min(n, d), d] with factor' factor the covariance
+        factor = np.linalg.qr(factor).R
     cross = np.linalg.svd(factor @ root, compute_uv=False).sum()
     spread = np.square(factor).sum() + np.trace(reference.covariance)
     apart = np.square(features.mean(0) - reference.mean).sum()
     return max(0.0, float(apart + spread - 2.0 * cross))  # rounding may end a hair below
-
-
-def _factor(features: Array) -> Array:
-    """L [min(n, d), d] with L'L the covariance."""
-    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    if len(centred) <= centred.shape[1]:
-        return centred
-    return np.linalg.qr(centred).R
 
 
 def _root(matrix: Array) -> Array:
@@ -258,12 +254,6 @@ def _distances(a: Array, b: Array) -> Array:
 
 def _blocks(count: int) -> list[slice]:
     return [slice(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK)]
-
-
-def _alike(features_a: Array, features_b: Array) -> tuple[Array, Array]:
-    a, b = checked(features_a, at_least=2), checked(features_b, at_least=2)
-    _check_width(a, b)
-    return a, b
 
 
 def _check_width(a: Array, b: Array) -> None:

@@ -38,21 +38,17 @@ def gram(features: Callable[[Rgb], Array], rgb: Rgb, held_bytes: int = HELD_BYTE
     Features of a network are float32, so keeping them as such loses nothing.
     """
     products = np.zeros((len(rgb), len(rgb)))
-    block = max(1, held_bytes // _kept(features, rgb[:1]).nbytes)
-    for at in range(0, len(rgb), block):
-        _fill(products, features, rgb, slice(at, min(at + block, len(rgb))))
+    size = max(1, held_bytes // _kept(features, rgb[:1]).nbytes)
+    for begin in range(0, len(rgb), size):
+        block = _kept(features, rgb[begin : begin + size])
+        end = begin + len(block)
+        products[begin:end, begin:end] = _products(block, block)
+        few = max(1, len(block) // 4)
+        for at in range(end, len(rgb), few):  # with all that come after them, a few at a time
+            own = _products(block, _kept(features, rgb[at : at + few]))
+            products[begin:end, at : at + few] = own
+            products[at : at + few, begin:end] = own.T
     return products
-
-
-def _fill(products: Array, features: Callable[[Rgb], Array], rgb: Rgb, rows: slice) -> None:
-    """The products of some pictures with each other and with all that come after them."""
-    block = _kept(features, rgb[rows])
-    products[rows, rows] = _products(block, block)
-    few = max(1, len(block) // 4)
-    for at in range(rows.stop, len(rgb), few):
-        columns = slice(at, min(at + few, len(rgb)))
-        products[rows, columns] = _products(block, _kept(features, rgb[columns]))
-        products[columns, rows] = products[rows, columns].T
 
 
 def _kept(features: Callable[[Rgb], Array], rgb: Rgb) -> NDArray[np.float32]:

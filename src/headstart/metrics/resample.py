@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headstart.errors import InputError
-from headstart.metrics.metrics import checked, distances, off_diagonal_mean
+from headstart.metrics.metrics import distances, off_diagonal_mean
 from headstart.spaces.extractor import Array, Distance
 
 Statistic = Callable[[Array], float]
@@ -149,22 +149,11 @@ def paired(a: Measured, b: Measured) -> Paired:
             f"and {len(b.values)} prompts: compare only what they share"
         )
     apart = Measured(a.values - b.values, a.drawn - b.drawn)
-    several = len(apart.values) > 1
-    return Paired(
-        apart.mean,
-        over_prompts(apart),
-        over_seeds(apart),
-        sign_flip(apart.values) if several else None,
-    )
+    p_value = sign_flip(apart.values) if len(apart.values) > 1 else None
+    return Paired(apart.mean, over_prompts(apart), over_seeds(apart), p_value)
 
 
-def recovered(
-    own: Array,
-    base: Array,
-    distilled: Array,
-    *,
-    resamples: int = RESAMPLES,
-) -> Interval:
+def recovered(own: Array, base: Array, distilled: Array, *, resamples: int = RESAMPLES) -> Interval:
     """(own - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
 
     The share of what distilling lost that comes back; prompts are drawn together for all three.
@@ -195,20 +184,14 @@ def sign_flip(differences: Array) -> float:
 
 
 def bootstrap_seeds(
-    features: Array,
-    distance: Distance = "cosine",
-    *,
-    resamples: int = RESAMPLES,
+    features: Array, distance: Distance = "cosine", *, resamples: int = RESAMPLES
 ) -> Interval:
     """Diversity of features [n, d] of one prompt, its samples resampled.
 
     Two samples are one pair, so nothing varies between draws: the ends are NaN.
     """
-    known = [checked(features, at_least=2)]
-    measured = measure_diversity(known, distance, resamples=resamples)
-    if not measured.drawn.size:
-        return Interval(measured.mean)
-    return percentiles(measured.mean, measured.drawn[0])
+    measured = measure_diversity([features], distance, resamples=resamples)
+    return over_seeds(measured) or Interval(measured.mean)
 
 
 def percentiles(value: float, drawn: Array) -> Interval:
@@ -240,5 +223,4 @@ def prompt_counts(sizes: Sequence[int], resamples: int) -> Array:
 
 def _seed_counts(count: int, resamples: int, prompt: int) -> Array:
     rng = np.random.default_rng([prompt, count])
-    drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    return drawn.astype(np.float64)
+    return rng.multinomial(count, np.full(count, 1.0 / count), resamples).astype(np.float64)

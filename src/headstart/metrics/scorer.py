@@ -112,7 +112,17 @@ class Scorer(nn.Module):
 
         Raises InputError for another shape, or for values that are not finite.
         """
-        return F.normalize(self.image(_checked_pixels(pixels, self.embed.weight)), dim=1)
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise InputError(
+                f"pixels must be [B, 3, H, W] in [-1, 1], got {list(pixels.shape)}: "
+                "rgb uint8 [B, H, W, 3] becomes pixels by permute(0, 3, 1, 2) / 127.5 - 1"
+            )
+        if not torch.isfinite(pixels).all():
+            raise InputError("pixels hold NaN or infinity: the picture was not sampled correctly")
+        pixels, size = pixels.to(self.embed.weight), (IMAGE_SIZE, IMAGE_SIZE)
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        return F.normalize(self.image(pixels), dim=1)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Unit vectors [B, E] in the space shared with prompts."""
@@ -163,18 +173,3 @@ def load_scorer(path: Path | str, *, device: torch.device | str = "cpu") -> Scor
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no scorer: its tensors do not fit: {error}") from error
     return scorer.to(device).eval().requires_grad_(False)
-
-
-def _checked_pixels(pixels: Tensor, like: Tensor) -> Tensor:
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise InputError(
-            f"pixels must be [B, 3, H, W] in [-1, 1], got {list(pixels.shape)}: "
-            "rgb uint8 [B, H, W, 3] becomes pixels by permute(0, 3, 1, 2) / 127.5 - 1"
-        )
-    if not torch.isfinite(pixels).all():
-        raise InputError("pixels hold NaN or infinity: the picture was not sampled correctly")
-    pixels = pixels.to(like)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    if pixels.shape[2:] == size:
-        return pixels
-    return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)

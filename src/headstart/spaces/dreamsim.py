@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -178,11 +178,16 @@ def _part(
     what, own = f"DreamSim's backbone {backbone.stem}", weights.within(backbone.prefix)
     if backbone is DINOV2:
         own = _at_side(own)
-    _check_depth(own, what)
-    options: dict[str, Any] = {"eps": backbone.eps, "activation": backbone.activation}
-    network = read_vit(own, what, **options, side=SIDE, unused=backbone.loose)
+    if [f"blocks.{n}.norm1.weight" in own.tensors for n in (DEPTH - 1, DEPTH)] != [True, False]:
+        raise CheckpointError(
+            f"{weights.path}: expected {what}, which has {DEPTH} blocks; this file has fewer or "
+            "more, or is another network: give the published one"
+        )
+    eps, activation = backbone.eps, backbone.activation
+    network = read_vit(own, what, eps=eps, activation=activation, side=SIDE, unused=backbone.loose)
     _merge(network, updates, scale, weights.path)
     prepare = Preparation(0, SIDE, SIDE, backbone.mean, backbone.std, BICUBIC)
+    proj = None
     if take == "projected":
         shape = own.shapes.get("proj", ())
         if len(shape) != 2 or shape[0] != network.cls_token.shape[-1]:
@@ -190,7 +195,7 @@ def _part(
                 f"{weights.path}: expected {what}, whose 'proj' is a matrix over its width, got "
                 f"{list(shape)}: give the published file whole"
             )
-    proj = own.numbers("proj") if take == "projected" else None
+        proj = own.numbers("proj")
 
     def part(rgb: Rgb) -> Tensor:
         tokens = network(prepare.pixels(rgb))
@@ -214,15 +219,6 @@ def _at_side(weights: Weights) -> Weights:
         )
     table = resized_positions(weights.numbers("pos_embed"), SIDE // DINOV2_PATCH)
     return weights._replace(tensors={**weights.tensors, "pos_embed": table})
-
-
-def _check_depth(weights: Weights, what: str) -> None:
-    last = f"blocks.{DEPTH - 1}.norm1.weight", f"blocks.{DEPTH}.norm1.weight"
-    if [name in weights.tensors for name in last] != [True, False]:
-        raise CheckpointError(
-            f"{weights.path}: expected {what}, which has {DEPTH} blocks; this file has fewer or "
-            "more, or is another network: give the published one"
-        )
 
 
 def _merge(network: Vit, updates: Updates, scale: tuple[int, float], path: Path) -> None:

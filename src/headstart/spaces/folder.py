@@ -83,18 +83,11 @@ def _clip_scores(
     @lru_cache(maxsize=4)  # a timeline asks for the same phrases at every step
     def texts(prompts: tuple[str, ...]) -> torch.Tensor:
         tokens: Any = tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
+            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
-            return _tensor(
-                model.get_text_features(
-                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-                )
-            )
+            return _tensor(model.get_text_features(**inputs))
 
     def images(rgb: Rgb) -> torch.Tensor:
         with torch.inference_mode():
@@ -141,14 +134,17 @@ def _load(folder: Path) -> tuple[Any, str]:
             f"{str(folder)!r} lacks {len(missing)} tensors such as {missing[0]!r}: they would be "
             "random; give complete weights"
         )
-    _check_finite(folder, model)
+    names = (n for n, value in model.state_dict().items() if not torch.isfinite(value).all())
+    if (name := next(names, None)) is not None:
+        raise CheckpointError(
+            f"{str(folder)!r}: {name!r} holds NaN or Inf, so every number would: fetch it again"
+        )
     return model.eval(), _digest(files)
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
     whole = folder / "model.safetensors"
-    files = (whole,) if whole.exists() else tuple(sorted(folder.glob("model-*.safetensors")))
-    if files:
+    if files := (whole,) if whole.exists() else tuple(sorted(folder.glob("model-*.safetensors"))):
         return files
     pickle = folder / PICKLE
     fix = "save the model with safetensors; pickles are not read"
@@ -156,14 +152,6 @@ def _files(folder: Path) -> tuple[Path, ...]:
         hint = convert_hint(pickle).replace("pytorch_model.safetensors", whole.name)
         fix = f"pickles are not read here: {hint}"
     raise CheckpointError(f"{str(folder)!r} has no model.safetensors: {fix}")
-
-
-def _check_finite(folder: Path, model: Any) -> None:
-    names = (n for n, value in model.state_dict().items() if not torch.isfinite(value).all())
-    if (name := next(names, None)) is not None:
-        raise CheckpointError(
-            f"{str(folder)!r}: {name!r} holds NaN or Inf, so every number would: fetch it again"
-        )
 
 
 def _digest(files: Sequence[Path]) -> str:

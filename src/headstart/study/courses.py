@@ -10,7 +10,6 @@ from headstart.metrics.resample import Interval
 from headstart.study.canvas import (
     GREY,
     Canvas,
-    Mark,
     Points,
     canvas,
     course,
@@ -99,7 +98,16 @@ def draw_timeline(report: Report) -> tuple[Canvas, str] | None:
     there.set_ylim(bottom=0.0)
     there.set_ylabel("concepts that are there (%)")
     there.set_title("asked for; dotted: nobody asked for")
-    _dropped(on, dropped, plans, own)
+    for at, (plan, numbers) in enumerate(plans.items()):
+        for kind, shift, fill in (("asked", -0.14, own[plan].colour), ("unasked", 0.14, "white")):
+            share = interval(look_up(numbers, kind, "dropped"), 100.0)
+            if share is not None:
+                text, y = f"{plan}, {kind}: {written(share)} %", Interval(at + shift)
+                dot(on, dropped, share, y, own[plan], text, markerfacecolor=fill)
+    ranks(dropped, list(plans))
+    dropped.set_xlim(left=0.0)
+    dropped.set_xlabel("dropped (%)")
+    dropped.set_title("there once, gone in the end; hollow: not asked for")
     legend(on)
     judge = plain(look_up(report, "timeline", "judge") or "its judge", 60)
     return on, (
@@ -107,20 +115,6 @@ def draw_timeline(report: Report) -> tuple[Canvas, str] | None:
         "the same run without them; and how many were there once and are not in the end, beside "
         "concepts that nobody asked for, whose rate is that of error. 95 % intervals."
     )
-
-
-def _dropped(on: Canvas, axis: Any, plans: Mapping[str, Any], own: Mapping[str, Mark]) -> None:
-    for at, (plan, numbers) in enumerate(plans.items()):
-        for kind, shift, fill in (("asked", -0.14, own[plan].colour), ("unasked", 0.14, "white")):
-            share = interval(look_up(numbers, kind, "dropped"), 100.0)
-            if share is not None:
-                text = f"{plan}, {kind}: {written(share)} %"
-                y = Interval(at + shift)
-                dot(on, axis, share, y, own[plan], text, markerfacecolor=fill)
-    ranks(axis, list(plans))
-    axis.set_xlim(left=0.0)
-    axis.set_xlabel("dropped (%)")
-    axis.set_title("there once, gone in the end; hollow: not asked for")
 
 
 def _by_passes(on: Canvas, axis: Any, lines: Mapping[str, Points]) -> bool:

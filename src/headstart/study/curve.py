@@ -9,7 +9,7 @@ shows. Beside it how far seeds are apart at that row, which is the diversity alr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,16 +34,6 @@ from headstart.traces.structure import Space, between, feature_space, features_o
 
 AGAINST = "base"
 """The plan whose steps are counted until it shows what another one does at its first."""
-
-
-class _Part(NamedTuple):
-    """Of n seeds: good, distance and share [S, n]; features [S, n, d], of a wide space, where they
-    are millions of numbers, [S, n, 0]."""
-
-    good: NDArray[np.bool_]
-    distance: Array
-    share: Array
-    features: NDArray[np.float32]
 
 
 def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArray[Any]]:
@@ -92,7 +82,7 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
     Raises InputError for no cells, and for cells of other plans, steps or numbers of seeds.
     """
     plans = plans_of(cells, "share")
-    shares = {plan: _by_prompt(stacked(cells, f"{plan}/share")) for plan in plans}
+    shares = {plan: np.nanmean(stacked(cells, f"{plan}/share"), axis=2) for plan in plans}
     matches = {
         plan: _match(shares[AGAINST], share)
         for plan, share in shares.items()
@@ -107,8 +97,11 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
     }
 
 
-def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
-    """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]."""
+def _seen(
+    x0: Tensor, decoder: Decoder, space: Space, none: Rgb
+) -> tuple[NDArray[np.bool_], Array, Array, NDArray[np.float32]]:
+    """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]: whether there is a picture, distance
+    and share [S, n]; features [S, n, d], of a wide space, where they are millions, [S, n, 0]."""
     drawn = [decoder(row).host() for row in x0]
     good = np.stack([row.finite for row in drawn])
     if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
@@ -123,7 +116,7 @@ def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
         features = np.stack([features_of(space, row.rgb) for row in drawn])
         distance, share = toward(features, features[-1], features_of(space, none), space)
     distance, share = (np.where(good & good[-1], own, np.nan) for own in (distance, share))
-    return _Part(good, distance, share, features.astype(np.float32))
+    return good, distance, share, features.astype(np.float32)
 
 
 def _spreads(features: NDArray[np.float32], good: NDArray[np.bool_], space: Space) -> Array:
@@ -143,15 +136,10 @@ def _plan(cells: Sequence[Arrays], plan: str, share: Array) -> dict[str, Any]:
         "passes": cells[0][f"{plan}/passes"].tolist(),
         "timesteps": [round(value, 3) for value in cells[0][f"{plan}/timestep"].tolist()],
         "share": [interval(own) for own in share.T],
-        "distance": [interval(own) for own in _by_prompt(distances).T],
+        "distance": [interval(own) for own in np.nanmean(distances, axis=2).T],
         "spread": [interval(own) if np.isfinite(own).all() else None for own in spreads],
         "missing": int(np.isnan(distances).sum()),
     }
-
-
-def _by_prompt(values: Array) -> Array:
-    """[P, S, B] -> [P, S], over the seeds that have a picture; every row has one."""
-    return np.nanmean(values, axis=2)
 
 
 def _match(base: Array, other: Array) -> tuple[int, list[int] | None]:

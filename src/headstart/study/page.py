@@ -49,6 +49,7 @@ PICTURE_PX, ACROSS = 128, 8
 MOST_PICTURES = 4_000_000
 """Letters of all pictures together: the page stays one that can be mailed."""
 FEW_ROWS = 12
+MOST_DIVERSE = "the most diverse that is not clearly worse"
 
 
 class Sheet(NamedTuple):
@@ -65,20 +66,25 @@ def write_page(
     sheets, unseen = sheets_of(report, pictures)
     rows = dict.fromkeys(rows_of(report), "")
     preset = plain(look_up(report, "pair", "preset") or "a pair", 60)
+    best = best_cases(report)
+    grids = ", ".join(plain(best[grid], 40) for grid in ("guidance", "k", "n") if grid in best)
     values: dict[str, Any] = {
         "title": f"headstart study · {preset}",
         "heading": f"headstart study: {preset}",
         "subtitle": subject_of(report),
         "summary": summary(report),
         "intervals": intervals_of(report),
-        "best": BEST if best_cases(report) else "",
+        "best": BEST if best else "",
         "main": blocks(report, main_cases(report), counts=False),
         "files": linked,
         "figures": [one._replace(svg=one.svg.decode()) for one in figures],
         "costs": cost_groups(report) if part_of(report, "methods") else [],
         "source": PAPER["source"] + ".",
         "beside": beside(report),
-        "in_words": _in_words(report),
+        "in_words": [
+            ("Figure 5", PAPER["figure 5"], matches(report)),
+            ("Figure 7", PAPER["figure 7"], grids and f"{MOST_DIVERSE}: {grids}."),
+        ],
         "more": [_whole(name) for name in ("table 1", "table 2", "table D.1")],
         "controls": controls(report),
         "comparable": comparable(report),
@@ -92,18 +98,15 @@ def write_page(
         "facts": _facts(report),
         "prompts": [plain(prompt, 2000) for prompt in entries(report, "prompts")],
     }
-    values["contents"] = _contents(values)
-    return render("study", values)
-
-
-def _contents(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(anchor, heading) of the sections that have something to show."""
-    every = {
+    sections = {
         "main": "Main table", "figures": "Figures", "costs": "Equal cost", "source": "The paper",
         "sheets": "Pictures", "rows": "All cases", "facts": "How it was made",
     }  # fmt: skip
     anchors = {"source": "paper", "sheets": "pictures", "facts": "made"}
-    return [(anchors.get(key, key), name) for key, name in every.items() if values[key]]
+    values["contents"] = [
+        (anchors.get(key, key), name) for key, name in sections.items() if values[key]
+    ]
+    return render("study", values)
 
 
 def summary(report: Report) -> list[str]:
@@ -175,10 +178,9 @@ def _block(
     names: Sequence[str],
     columns: Sequence[Sequence[Cell]],
 ) -> Block:
-    lines = [
-        Line(name, tuple(column[number] for column in columns)) for number, name in enumerate(names)
-    ]
-    return Block(title, tuple(heads), tuple(lines), first)
+    rows = zip(*columns, strict=True)
+    lines = tuple(Line(name, row) for name, row in zip(names, rows, strict=True))
+    return Block(title, tuple(heads), lines, first)
 
 
 def _named(spaces: Sequence[str], word: str) -> str:
@@ -207,33 +209,20 @@ def controls(report: Report) -> Block | None:
     plans = list(dict.fromkeys(plan for own in adapters for plan in branch(own, "plans")))
     lines: list[Line] = []
     for own in adapters:
-        changes = [_change(own, plan) for plan in plans]
+        changes: list[Interval | None] = []
+        for plan in plans:
+            rows = [
+                (abs(at.value - 1.0), change)
+                for one in entries(own, "plans", plan)
+                if (at := interval(look_up(one, "strength"))) is not None and at.value > 0
+                if (change := interval(look_up(one, "change"))) is not None
+            ]
+            changes.append(min(rows)[1] if rows else None)
         if any(changes):
             lines.append(Line(plain(look_up(own, "name") or "", 60), tuple(cells(changes))))
     title = "ours: change of the score in % at the strength nearest to 1"
     heads = tuple(plain(plan, 40) for plan in plans)
     return Block(title, heads, tuple(lines), "adapter") if lines else None
-
-
-def _change(adapter: Mapping[str, Any], plan: str) -> Interval | None:
-    rows = [
-        (abs(at.value - 1.0), change)
-        for one in entries(adapter, "plans", plan)
-        if (at := interval(look_up(one, "strength"))) is not None and at.value > 0
-        if (change := interval(look_up(one, "change"))) is not None
-    ]
-    return min(rows)[1] if rows else None
-
-
-def _in_words(report: Report) -> list[tuple[str, str, str]]:
-    """Figures 5 and 7 in words, theirs and ours."""
-    best = best_cases(report)
-    grids = ", ".join(plain(best[grid], 40) for grid in ("guidance", "k", "n") if grid in best)
-    ours = f"the most diverse that is not clearly worse: {grids}." if grids else ""
-    return [
-        ("Figure 5", PAPER["figure 5"], matches(report)),
-        ("Figure 7", PAPER["figure 7"], ours),
-    ]
 
 
 def sheets_of(report: Report, pictures: PictureFiles) -> tuple[list[Sheet], int]:

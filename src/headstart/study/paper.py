@@ -57,74 +57,53 @@ def recovered(plan: str) -> float | None:
 
 def comparable(report: Report) -> list[str]:
     """Sentences on what may be compared with what: as many as this report gives reason for."""
+    rows, spaces = rows_of(report), spaces_of(report)
+    preset = str(look_up(report, "pair", "preset") or "")
+    same = look_up(report, "pair", "lineage") == "sdxl" and preset in ("dmd2", "paper-dmd2")
+    dreamsim = next((plain(space, 60) for space in spaces if "dreamsim" in space.lower()), None)
+    prompts = len(entries(report, "prompts"))
+    inception = {space for space in spaces if "inception" in space.lower()}
+    measured = {
+        space
+        for space in spaces
+        if any(look_up(row, "spaces", space, "frechet") is not None for row in rows.values())
+    }
+    counts = (interval(row.get("images")) for row in rows.values())
+    most = max((count.value for count in counts if count is not None), default=0.0)
+    fid = bool(measured & inception) and most >= FID_IMAGES
+    reasons: dict[str, object] = {
+        **dict.fromkeys(("one_table", "number_of_images", "seconds"), True),
+        "same_networks": same,
+        "other_networks": not same,
+        "table_1_alone": not same and {"turbo", "lightning", "lcm"} & {*preset.split("-")},
+        "two_scales": len(spaces) > 1,
+        "dreamsim": dreamsim,
+        "no_dreamsim": spaces and not dreamsim,
+        "score": any(row.get("score") for row in rows.values()),
+        "few_for_fid": measured and not fid and inception,
+        "no_inception": measured and not fid and not inception,
+        "fid": fid,
+        "no_reference": not measured,
+        "nearest": any(row.get("nearest") for row in rows.values()),
+        "methods": part_of(report, "methods"),
+        "one_prompt": prompts == 1,
+        "over_prompts": prompts != 1,
+        "few_prompts": prompts != 1 and prompts < FEW_PROMPTS,
+        **{part: report.get(part) for part in ("curve", "control", "timeline")},
+    }
+    pair = plain(preset or "this pair", 40)
+    words = {"pair": pair, "dreamsim": dreamsim, "images": most, "prompts": prompts}
     sentences: list[str] = []
-    reasons = {**_of_networks(report), **_of_fidelity(report), **_of_intervals(report)}
     for name, text in tomllib.loads(_read("comparable.toml")).items():
-        for words in reasons[name]:
+        if name == "weak":  # of a share of next to nothing
+            unsure = [plain(space, 60) for space in spaces if _is_unsure(report, space)]
+            sentences += [text.format(space=space) for space in unsure]
+        elif reasons[name]:
             sentences.append(text.format(**words))
     return sentences
 
 
-Words = list[dict[str, object]]
-"""What stands in the braces of a sentence, for each time that it is said."""
-
-
-def _if(holds: object, **words: object) -> Words:
-    return [words] if holds else []
-
-
-def _of_networks(report: Report) -> dict[str, Words]:
-    preset = str(look_up(report, "pair", "preset") or "")
-    spaces = spaces_of(report)
-    same = look_up(report, "pair", "lineage") == "sdxl" and preset in ("dmd2", "paper-dmd2")
-    named = next((plain(space, 60) for space in spaces if "dreamsim" in space.lower()), None)
-    return {
-        "one_table": _if(True),
-        "same_networks": _if(same),
-        "other_networks": _if(not same, pair=plain(preset or "this pair", 40)),
-        "table_1_alone": _if(not same and {"turbo", "lightning", "lcm"} & {*preset.split("-")}),
-        "two_scales": _if(len(spaces) > 1),
-        "dreamsim": _if(named, dreamsim=named),
-        "no_dreamsim": _if(spaces and not named),
-        "number_of_images": _if(True),
-        "weak": [{"space": plain(space, 60)} for space in spaces if _is_weak(report, space)],
-    }
-
-
-def _is_weak(report: Report, space: str) -> bool:
+def _is_unsure(report: Report, space: str) -> bool:
     """Recovered is a division by what distillation lost: nothing sure, if that is little."""
     back = interval(look_up(report, "rows", "hybrid", "spaces", space, "recovered"))
     return back is not None and back.high - back.low > WIDE
-
-
-def _of_fidelity(report: Report) -> dict[str, Words]:
-    rows = rows_of(report).values()
-    inception = {space for space in spaces_of(report) if "inception" in space.lower()}
-    measured = {
-        space
-        for space in spaces_of(report)
-        if any(look_up(row, "spaces", space, "frechet") is not None for row in rows)
-    }
-    counts = (interval(row.get("images")) for row in rows)
-    most = max((count.value for count in counts if count is not None), default=0.0)
-    fid = bool(measured & inception) and most >= FID_IMAGES
-    return {
-        "score": _if(any(row.get("score") for row in rows)),
-        "few_for_fid": _if(measured and not fid and inception, images=most),
-        "no_inception": _if(measured and not fid and not inception, images=most),
-        "fid": _if(fid),
-        "no_reference": _if(not measured),
-        "nearest": _if(any(row.get("nearest") for row in rows)),
-        "seconds": _if(True),
-        "methods": _if(part_of(report, "methods")),
-    }
-
-
-def _of_intervals(report: Report) -> dict[str, Words]:
-    count = len(entries(report, "prompts"))
-    return {
-        "one_prompt": _if(count == 1),
-        "over_prompts": _if(count != 1),
-        "few_prompts": _if(count != 1 and count < FEW_PROMPTS, prompts=count),
-        **{part: _if(report.get(part)) for part in ("curve", "control", "timeline")},
-    }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -59,16 +59,15 @@ def table_pdf(report: Mapping[str, Any]) -> bytes:
 
 
 def _lines(report: Mapping[str, Any], title: str) -> Iterator[_Line]:
-    shown = _letters()
     tables = [
-        (shown(own.title), [shown(line) for line in aligned(own)])
+        (_shown(own.title), [_shown(line) for line in aligned(own)])
         for own in blocks(report, main_cases(report), counts=False)
     ]
     longest = max((len(line) for _, lines in tables for line in lines), default=1)
     size = min(LARGEST, (WIDE - 2 * EDGE) / (ADVANCE * longest))
     step = LEADING * size
-    yield _Line(shown(title), TITLE, 0.0, bold=True)
-    for text in textwrap.wrap(shown(subject_of(report)), NOTES):
+    yield _Line(_shown(title), TITLE, 0.0, bold=True)
+    for text in textwrap.wrap(_shown(subject_of(report)), NOTES):
         yield _Line(text, SMALL, 1.3 * TITLE, GREY)
     for name, (first, *rest) in tables:
         yield _Line(name, size, 2.0 * step, bold=True, head=True)
@@ -98,12 +97,8 @@ def _pages(lines: list[_Line]) -> Iterator[list[tuple[float, _Line]]]:
     yield page
 
 
-def _letters() -> Callable[[str], str]:
-    """What writes a text with the number of each letter that the font lacks in its place."""
+def _shown(text: str) -> str:
+    """The text with the number of each letter that the font lacks in its place."""
     fonts: Any = import_module("matplotlib.font_manager")
     known: Any = fonts.get_font(fonts.findfont("DejaVu Sans Mono")).get_charmap()
-
-    def shown(text: str) -> str:
-        return "".join(c if ord(c) in known else f"[U+{ord(c):04X}]" for c in text)
-
-    return shown
+    return "".join(c if ord(c) in known else f"[U+{ord(c):04X}]" for c in text)

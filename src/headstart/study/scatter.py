@@ -66,12 +66,11 @@ def draw_methods(report: Report) -> tuple[Canvas, str] | None:
         _draw(on, axis, dots, named)
         inside = _frame(axis, dots, chosen)
         beyond |= {own.case for own in dots if own not in inside}
+        names = [own.label * (own.case in named) for own in inside]
         spots.append(
-            [
-                Spot(own.x, own.y, own.mark.colour, own.label * (own.case in named), not own.family)
-                for own in inside
-            ]
-        )
+            [Spot(own.x, own.y, own.mark.colour, name, not own.family)
+             for own, name in zip(inside, names, strict=True)]
+        )  # fmt: skip
         axis.set_xlabel(f"recovered diversity by {plain(spaces[0], 40)} (%)")
         axis.set_ylabel(label)
         if label.startswith("Frechet"):
@@ -131,17 +130,15 @@ def _frame(axis: Any, dots: Sequence[_Dot], chosen: Container[str]) -> list[_Dot
     One method at a strength that draws noise would else press all others into a corner.
     """
     inside = [own for own in dots if own.case in chosen] or dots
-    left, right = _room([own.x for own in inside])
-    low, high = _room([own.y for own in inside])
-    axis.set_xlim(left, right)
-    axis.set_ylim(low, high)
+    for fit, numbers in (
+        (axis.set_xlim, [own.x for own in inside]),
+        (axis.set_ylim, [own.y for own in inside]),
+    ):
+        low, high = min(own.span[0] for own in numbers), max(own.span[1] for own in numbers)
+        room = 0.12 * (high - low) or 0.5
+        fit(low - room, high + room)
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     return [own for own in dots if left < own.x.value < right and low < own.y.value < high]
-
-
-def _room(numbers: Sequence[Interval]) -> tuple[float, float]:
-    low, high = min(own.span[0] for own in numbers), max(own.span[1] for own in numbers)
-    room = 0.12 * (high - low) or 0.5
-    return low - room, high + room
 
 
 def _legend(on: Canvas) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
@@ -118,9 +119,9 @@ def best_cases(report: Report) -> dict[str, str]:
 
 
 def _best(report: Report, cases: Sequence[str]) -> str:
-    measure, sign = _right(report, cases)
     if good := [case for case in cases if not is_worse(report, case, cases)]:
         return min(good, key=partial(_variety, report))
+    measure, sign = _right(report, cases)
     return max(cases, key=lambda case: _value(report, case, measure, sign))
 
 
@@ -171,22 +172,21 @@ def blocks(report: Report, cases: Mapping[str, str], *, counts: bool) -> list[Bl
 
     counts  with the number of images of each
     """
-    spaces = {f"diversity by {space}": _columns(space) for space in spaces_of(report)}
+    spaces = {
+        f"diversity by {space}": {
+            "diversity": in_space(space, "diversity"),
+            "recovered, %": in_space(space, "recovered"),
+            "Vendi": in_space(space, "vendi"),
+            "Frechet": in_space(space, "frechet"),
+        }
+        for space in spaces_of(report)
+    }
     (title, main), *others = (spaces or {"cases": dict[str, Measure]()}).items()
     first = {head: of_row(head) for head in (COUNTED if counts else COUNTED[:2])}
     last = {head: of_row(head) for head in ("score", "nearest")}
     tables = [(title, {**first, "s/image": of_row("seconds"), **main, **last}), *others]
     drawn = [block(report, cases, title, columns) for title, columns in tables]
     return [own for own in drawn if own.heads]
-
-
-def _columns(space: str) -> dict[str, Measure]:
-    return {
-        "diversity": in_space(space, "diversity"),
-        "recovered, %": in_space(space, "recovered"),
-        "Vendi": in_space(space, "vendi"),
-        "Frechet": in_space(space, "frechet"),
-    }
 
 
 def block(
@@ -196,7 +196,9 @@ def block(
     rows = [rows_of(report)[case] for case in cases]
     values = {head: [measure(row) for row in rows] for head, measure in columns.items()}
     shown = {
-        head: list(map(_exact, own)) if head in COUNTED else cells(own)
+        head: [Cell(NONE if n is None else f"{n.value:.10g}") for n in own]
+        if head in COUNTED
+        else cells(own)
         for head, own in values.items()
         if any(number is not None for number in own)
     }
@@ -210,10 +212,6 @@ def block(
         for number, ((case, why), row) in enumerate(zip(cases.items(), rows, strict=True))
     ]
     return Block(plain(title), tuple(shown), tuple(lines))
-
-
-def _exact(value: Interval | None) -> Cell:
-    return Cell(NONE if value is None else f"{value.value:.10g}")
 
 
 def cost_groups(report: Report) -> list[Block]:
@@ -237,12 +235,18 @@ def cost_groups(report: Report) -> list[Block]:
         if networks is not None and passes is not None:
             why = WORSE if is_worse(report, case, cases) else ""
             costs.setdefault((networks.value, round(passes.value, 2)), {})[case] = why
-    return [
-        block(report, dict(sorted(own.items(), key=lambda one: one[1])),
-              f"recovered diversity: {_cost(*cost)}", columns)
-        for cost, own in sorted(costs.items())
-        if len(own) > 1 or "methods" in {cases[case].get("part") for case in own}
-    ]  # fmt: skip
+    groups: list[Block] = []
+    for (networks, passes), own in sorted(costs.items()):
+        if len(own) > 1 or "methods" in {cases[case].get("part") for case in own}:
+            count = {1: "one network", 2: "two networks"}.get(
+                int(networks), f"{networks:g} networks"
+            )
+            title = f"recovered diversity: {count} in memory, {passes:g} pass"
+            title += f"{'es' * (passes != 1)} an image"
+            groups.append(
+                block(report, dict(sorted(own.items(), key=itemgetter(1))), title, columns)
+            )
+    return groups
 
 
 def score_less_base(report: Report) -> Measure:
@@ -257,11 +261,6 @@ def score_less_base(report: Report) -> Measure:
         return Interval(*(number - base.value for number in score))
 
     return measure
-
-
-def _cost(networks: float, passes: float) -> str:
-    count = {1: "one network", 2: "two networks"}.get(int(networks), f"{networks:g} networks")
-    return f"{count} in memory, {passes:g} pass{'es' * (passes != 1)} an image"
 
 
 def table(report: Report) -> str:

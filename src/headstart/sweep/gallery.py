@@ -106,18 +106,14 @@ def load_rgb(paths: Sequence[Path], batch: int = 64) -> Iterator[NDArray[np.uint
     """uint8 [n, H, W, 3] of consecutive pictures of one size, `batch` at most."""
     waiting: list[NDArray[np.uint8]] = []
     for path in paths:
-        rgb = _load(path)
+        with _opened(path) as image:
+            rgb = np.asarray(image.convert("RGB"))
         if waiting and (rgb.shape != waiting[0].shape or len(waiting) == batch):
             yield np.stack(waiting)
             waiting = []
         waiting.append(rgb)
     if waiting:
         yield np.stack(waiting)
-
-
-def _load(path: Path) -> NDArray[np.uint8]:
-    with _opened(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 @contextmanager
