@@ -167,7 +167,8 @@ def peak_of(work: Callable[[], object]) -> int:
 def path(tmp_path: Path) -> Iterator[Path]:
     """A file in memory where the system has such a place: 20 000 writes should cost no disk."""
     memory = Path("/dev/shm")
-    path = memory / f"headstart-fuzz-{os.getpid()}" if memory.is_dir() else tmp_path / "fuzz"
+    folder = memory if os.access(memory, os.W_OK) else tmp_path
+    path = folder / f"headstart-fuzz-{os.getpid()}"
     yield path
     path.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pydoc
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -101,10 +102,5 @@ def test_bash_completes_commands_and_options(capsys: pytest.CaptureFixture[str])
 
 def test_pydoc_lists_the_public_names() -> None:
     text = pydoc.plain(pydoc.render_doc(headstart))
-    for line in (
-        "    class Engine(",
-        "    class StepTable(",
-        "    preset(name",
-        "    sample(table",
-    ):
-        assert f"\n{line}" in text
+    for line in (r"class Engine\(", r"class StepTable\(", r"preset\(\s*name", r"sample\(\s*table"):
+        assert re.search(f"\n    {line}", text)  # from Python 3.13 on a line for each argument

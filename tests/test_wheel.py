@@ -58,9 +58,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scripts = home / "venv" / ("Scripts" if os.name == "nt" else "bin")
     pip = (sys.executable, "-m", "pip", "--python", scripts / "python", "install")
     run(*pip, "--no-deps", "--no-index", wheel, cwd=home)
-    (site,) = run(
-        scripts / "python", "-c", "import site; print(*site.getsitepackages())", cwd=home
-    ).split()
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = run(scripts / "python", "-c", code, cwd=home).strip()
     (Path(site) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return scripts
 

@@ -172,7 +172,7 @@ INTEGERS: dict[str, Callable[..., int]] = {
     "min": min,
     "max": max,
     "neg": lambda a: -a,
-    "not": lambda a: ~a,
+    "not": lambda a: ~int(a),
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "xor": lambda a, b: a ^ b,
