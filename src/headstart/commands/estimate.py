@@ -57,10 +57,10 @@ def check_estimate(args: argparse.Namespace) -> None:
     card_of(args.device)
     if args.family is not None and not uses_bundled(args):
         raise InputError("--family is a model without a file: leave out --base and the others")
-    if idle := next((name for name in _UNCOUNTED if getattr(args, name)), None):
-        raise InputError(
-            f"--{idle.replace('_', '-')} is not counted by --estimate: leave it out, or measure"
-        )
+    for name in _UNCOUNTED:
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is not counted by --estimate: leave it out, or measure")
     if args.runner != "auto":
         raise InputError("--estimate tells of eager and graph side by side: leave out --runner")
     if args.memory != "auto":
@@ -68,9 +68,9 @@ def check_estimate(args: argparse.Namespace) -> None:
             "--memory is not counted by --estimate, where all weights are on the card: leave it out"
         )
     for name in ("dtype", "vae_dtype"):
-        if (own := getattr(args, name)) != "auto" and own not in _DTYPES:
+        if (dtype := getattr(args, name)) not in ("auto", *_DTYPES):
             option, known = name.replace("_", "-"), ", ".join(_DTYPES)
-            raise InputError(f"--{option} {own!r:.40}: --estimate counts {known}")
+            raise InputError(f"--{option} {dtype!r:.40}: --estimate counts {known}")
     _chunks(args)
 
 
@@ -98,11 +98,15 @@ def estimated(
         )
         for table in tables
     ]
-    notes = [*ASSUMPTIONS, *_idle(args), *_elsewhere(args, plans)]
-    parts = [*map(str, found), "\n".join(notes)]
-    return "\n\n".join(parts), {
+    idle = [f"--{name.replace('_', '-')}" for name in _IDLE if getattr(args, name) is not None]
+    notes = [
+        *ASSUMPTIONS,
+        *([f"of no account to an estimate: {', '.join(idle)}"] if idle else []),
+        *_elsewhere(args, plans),
+    ]
+    return "\n\n".join([*map(str, found), "\n".join(notes)]), {
         "evidence": "estimate",
-        "estimates": [own.to_json() for own in found],
+        "estimates": [one.to_json() for one in found],
         "assumptions": notes,
     }
 
@@ -111,9 +115,9 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
     """Images in a network at once, in the decoder, and bands. Raises InputError for more at once
     than there are seeds, since then it would be the estimate of another run."""
     images = len(parse_seeds(args.seeds))
-    batch: int | tuple[int, ...] = args.batch or images
-    sizes = (batch,) if isinstance(batch, int) else batch
-    networks, decode, bands = (*sizes, *(sizes[0], 1)[len(sizes) - 1 :])
+    batch = args.batch or images
+    networks, *rest = (batch,) if isinstance(batch, int) else batch
+    decode, bands = (*rest, *(networks, 1)[len(rest) :])
     if max(networks, decode) > images:
         raise InputError(
             f"--batch {max(networks, decode)} is of {counted(images, 'image')}: --estimate counts "
@@ -122,19 +126,13 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
     return networks, decode, bands
 
 
-def _idle(args: argparse.Namespace) -> list[str]:
-    idle = [name for name in _IDLE if getattr(args, name) is not None]
-    options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-    return [f"of no account to an estimate: {options}"] if idle else []
-
-
 def _elsewhere(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[str]:
     """A line for each preset that is published for another family than --family."""
-    found = dict.fromkeys(pair.name for pair in _pairs(args, plans).values())
+    names = dict.fromkeys(pair.name for pair in _pairs(args, plans).values())
     return [
         f"preset {name} is published for {_PUBLISHED[name]}: here its steps are counted on a "
         f"network of {args.family}"
-        for name in found
+        for name in names
         if _PUBLISHED.get(name, args.family) != args.family
     ]
 
@@ -145,42 +143,30 @@ def _pairs(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> dict[
     if args.family is None:
         return {}
     usual = _PRESETS[args.family]
-    found = {name: named_pair(name, settings, usual) for name, settings in plans.items()}
-    own = PAIRS[usual].schedule.fingerprint()
-    for pair in found.values():
-        if pair.schedule.fingerprint() != own:
+    pairs = {name: named_pair(name, settings, usual) for name, settings in plans.items()}
+    for pair in pairs.values():
+        if pair.schedule.fingerprint() != PAIRS[usual].schedule.fingerprint():
             raise InputError(
                 f"preset {pair.name!r} has another noise schedule than {args.family}: leave "
                 f"--family out, or give a preset of it, such as --preset {usual}"
             )
-    return found
+    return pairs
 
 
 def _counted(
     args: argparse.Namespace, plans: Mapping[str, PlanSettings]
 ) -> tuple[Mapping[str, Sizes], list[StepTable]]:
-    """Role -> sizes, and the tables."""
-    if args.family is None:
-        return _of_files(args, plans)
-    from headstart.cost.sizes import sizes_of_family
-
-    own = sizes_of_family(args.family)
-    tables = [
-        named_plan(name, plans[name], pair.name).compile(
-            pair.schedules, prediction=pair.predictions
-        )
-        for name, pair in _pairs(args, plans).items()
-    ]
-    return {"base": own, "distilled": own}, tables
-
-
-def _of_files(
-    args: argparse.Namespace, plans: Mapping[str, PlanSettings]
-) -> tuple[Mapping[str, Sizes], list[StepTable]]:
-    """One file alone is both models, as for `headstart plan`."""
+    """Role -> sizes, and the tables. One file alone is both models, as for `headstart plan`."""
     from headstart.checkpoint.network_info import Overrides
-    from headstart.cost.sizes import sizes_of_files
+    from headstart.cost.sizes import sizes_of_family, sizes_of_files
 
+    if args.family is not None:
+        return dict.fromkeys(("base", "distilled"), sizes_of_family(args.family)), [
+            named_plan(name, plans[name], pair.name).compile(
+                pair.schedules, prediction=pair.predictions
+            )
+            for name, pair in _pairs(args, plans).items()
+        ]
     if not uses_bundled(args):
         args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
     tables = compiled(args, plans)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from headstart.commands.parser import LIST, add_options
 from headstart.commands.values import numbers
-from headstart.plan.by_name import MODES
+from headstart.plan.by_name import MODES, PlanSettings
 
 if TYPE_CHECKING:
     from headstart.diversify.method import Method
-    from headstart.plan.by_name import PlanSettings
 
 HANDOFF = """
     --handoff SIGMA  hand over at this noise level or below it; default: where the preset does
@@ -44,20 +43,14 @@ _PLANS = f"""
 """
 
 
+PLAN_OPTION = {"k": "base_steps", "n": "base_grid"}
+"""Setting of a plan -> its option, where that has another name."""
+
+
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
     """The plan options, None where not given."""
-    return {
-        "preset": args.preset,
-        "steps": args.steps,
-        "k": args.base_steps,
-        "n": args.base_grid,
-        "handoff": args.handoff,
-        "base_guidance": args.base_guidance,
-        "distilled_guidance": args.distilled_guidance,
-        "timesteps": args.timesteps,
-        "sigmas": args.sigmas,
-        "update": args.update,
-    }
+    names = {name: PLAN_OPTION.get(name, name) for name in PlanSettings.__annotations__}
+    return cast("PlanSettings", {name: getattr(args, option) for name, option in names.items()})
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 from headstart.commands.arguments import (
@@ -106,25 +106,29 @@ def _say_words(prompts: Sequence[str]) -> None:
 
 
 def _combined(
-    prompts: Sequence[str], seeds: Sequence[int], texts: Mapping[str, Any]
+    prompts: list[str], seeds: tuple[int, ...], texts: dict[str, Any]
 ) -> tuple[list[str], tuple[int, ...], dict[str, Any]]:
     """Every prompt with every seed; a text for each prompt is one for all its images.
 
     Of one prompt or one seed there is nothing to combine, and the engine takes one for all.
     """
-    own = dict(texts)
     if 1 in (len(prompts), len(seeds)):
-        return [*prompts], tuple(seeds), own
-    images = len(prompts) * len(seeds)
+        return prompts, seeds, texts
     if len(prompts) == len(seeds):
         note(
-            f"{len(prompts)} prompts with {len(seeds)} seeds each: {images} images; --pair draws "
-            f"{len(seeds)}, the first prompt with the first seed and so on"
+            f"{len(prompts)} prompts with {len(seeds)} seeds each: {len(prompts) * len(seeds)} "
+            f"images; --pair draws {len(seeds)}, the first prompt with the first seed and so on"
         )
-    for name, text in own.items():
-        if isinstance(text, list) and len(text := cast("list[str]", text)) == len(prompts):
-            own[name] = [one for one in text for _ in seeds]
-    return [one for one in prompts for _ in seeds], tuple(seeds) * len(prompts), own
+
+    def repeated(texts: list[str]) -> list[str]:
+        return [text for text in texts for _ in seeds]
+
+    wide = {
+        name: repeated(cast("list[str]", text))
+        for name, text in texts.items()
+        if isinstance(text, list) and len(cast("list[str]", text)) == len(prompts)
+    }
+    return repeated(prompts), seeds * len(prompts), texts | wide
 
 
 SAMPLE = Command(

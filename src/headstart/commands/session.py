@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,12 @@ def open_engine(
     largest   (height, width) that it has to leave memory for, where --size does not say it
     """
     args.plan_size = largest or read_size(getattr(args, "size", None))
-    _look(args, prompts)
-    wanted = [(name, adapter_path(name), own) for name, own in map(parse_adapter, args.lora)]
+    if uses_bundled(args) and not args.embedding:  # before anything loads
+        for line in odd_in(list(dict.fromkeys(prompts)), getattr(args, "size", None), args.lora):
+            warning(line)
+    wanted = [
+        (name, adapter_path(name), strength) for name, strength in map(parse_adapter, args.lora)
+    ]
     _check_families(args, [path for _, path, _ in wanted])
     with loading(), progress(None, "loading weights"):
         engine = _load(args)
@@ -72,13 +77,13 @@ def _check_families(args: argparse.Namespace, adapters: Sequence[str | Path]) ->
         return
     from headstart.adapters.info import describe_adapter
 
-    own = {model.family.lineage for model in headers_of(args).models.values()}
+    lineages = {model.family.lineage for model in headers_of(args).models.values()}
     for path in adapters:
         family = describe_adapter(path).family
-        if family in FAMILIES and FAMILIES[family].lineage not in own:
+        if family in FAMILIES and FAMILIES[family].lineage not in lineages:
             raise AdapterError(
-                f"{path}: expected an adapter for {', '.join(own)}, as the model is, got one for "
-                f"{family}: leave it out, or give a model of {family}"
+                f"{path}: expected an adapter for {', '.join(lineages)}, as the model is, got one "
+                f"for {family}: leave it out, or give a model of {family}"
             )
 
 
@@ -107,13 +112,6 @@ def _say_without_c(why: str) -> None:
             f"steps take longer without the C kernels: {why}; install a C compiler, such as gcc or "
             f"clang, or name yours in CC ({SWITCH}=0: without them, and without this line)"
         )
-
-
-def _look(args: argparse.Namespace, prompts: Sequence[str]) -> None:
-    """Say what is probably not meant, before anything loads."""
-    if uses_bundled(args) and not args.embedding:
-        for line in odd_in(list(dict.fromkeys(prompts)), getattr(args, "size", None), args.lora):
-            warning(line)
 
 
 def _attach_named(
@@ -151,10 +149,9 @@ def _in_folder(name: str, folder: Path | None) -> str | Path:
 
 
 def _controls() -> Sequence[str]:
-    try:
+    with suppress(headstart_weights.WeightsError):
         return headstart_weights.manifest().controls
-    except headstart_weights.WeightsError:
-        return ()
+    return ()
 
 
 def use_local_device(args: argparse.Namespace) -> None:
@@ -193,14 +190,11 @@ def adapter_path(name: str) -> str | Path:
             f"adapter {name!r:.80}: {tail!r:.40} is no strength: expected a number, and behind '@' "
             f"where it acts, such as {path}:1.5 or {path}:-2@base+800"
         )
-    raise InputError(
-        f"{name} does not exist: "
-        + (
-            download_of(name)
-            or "give the path of an adapter's file, or the name of a bundled control: "
-            + ", ".join(controls)
-        )
+    what = download_of(name) or (
+        "give the path of an adapter's file, or the name of a bundled control: "
+        + ", ".join(controls)
     )
+    raise InputError(f"{name} does not exist: {what}")
 
 
 _OF_ANY = ("memory", "dtype", "vae_dtype", "packed", "runner")

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from headstart.study.cases import EXPERIMENTS, PARTS, Part
 from headstart.study.lists import DEMO, LISTS, PromptList, read_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from headstart.study.experiments import Attachable
     from headstart.study.setup import Request
@@ -122,20 +123,20 @@ def _study(args: argparse.Namespace) -> int:
                 f"{len(left)} cells are missing, the first is {left[0].place.file}: leave "
                 "--report out to draw them"
             )
-        own = share(study, store)
-        side = settings["size"]
-        kept = min(args.keep, len(seeds)) * side[0] * side[1] * 3
-        check_folder(args.out, size_bytes=len(own) * kept)
-        with _Progress(own) as show:
-            draw(own, store, show)
+        jobs = share(study, store)
+        height, width = settings["size"]
+        kept = min(args.keep, len(seeds)) * height * width * 3
+        check_folder(args.out, size_bytes=len(jobs) * kept)
+        with _drawing(jobs) as show:
+            draw(jobs, store, show)
         if others := len(missing(study, store)):
-            _print(args, len(own), others, {})
+            _print(args, len(jobs), others, {})
             return 0
         report, rows = report_of(study, store)
         report |= {**settings, "command": " ".join(["headstart", *sys.argv[1:]])}
         report |= {"reference": reference_of(study, request), "notes": list(notes)}
         files = write_report(args.out, report, rows, _pictures(args, report, seeds))
-    _print(args, len(own), 0, report, files)
+    _print(args, len(jobs), 0, report, files)
     return 0
 
 
@@ -143,11 +144,10 @@ def read_parts(text: str) -> tuple[str, ...] | None:
     """`plans,k` -> its parts; None for all. Raises InputError for one that there is not."""
     if text == "all":
         return None
-    found = tuple(listed(text))
-    known = (*PARTS, *EXPERIMENTS)
-    if unknown := [part for part in found if part not in known]:
+    parts, known = tuple(listed(text)), (*PARTS, *EXPERIMENTS)
+    if unknown := [part for part in parts if part not in known]:
         raise InputError(f"part {unknown[0]!r:.40}: expected some of {', '.join(known)}, or: all")
-    return found
+    return parts
 
 
 def _drawn(args: argparse.Namespace) -> tuple[PromptList, tuple[int, ...]]:
@@ -167,14 +167,18 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
     from headstart.study.setup import Request
 
     parts = ("plans", "methods") if args.quick and args.parts == "all" else read_parts(args.parts)
-    grid: dict[str, Any] = {name: getattr(args, name) for name in GRID}
-    varied: dict[Part, Any] = {"k": _whole(args.k), "n": _whole(args.n)}
-    varied |= {"guidance": args.guidance, "handoff": args.handoff}
-    varied |= {"methods": args.diversify or None}
+    settings = {name: getattr(args, name) for name in GRID}
+    varied: dict[Part, Any] = {
+        "k": _whole(args.k),
+        "n": _whole(args.n),
+        "guidance": args.guidance,
+        "handoff": args.handoff,
+        "methods": args.diversify or None,
+    }
     return Request(
         prompts=listed.prompts,
         seeds=seeds,
-        settings={name: value for name, value in grid.items() if value is not None},  # pyright: ignore
+        settings={name: value for name, value in settings.items() if value is not None},  # pyright: ignore
         size=read_size(args.size),
         parts=parts,
         grids={part: values for part, values in varied.items() if values is not None},
@@ -198,14 +202,14 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
     """What decides pictures beside the weights' files and the tables."""
     from headstart.engine import record
 
-    options = {name: getattr(args, name) for name in ("head_dim", "text_head_dim", "exclamation")}
-    found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    names = ("head_dim", "text_head_dim", "exclamation")
+    loading: dict[str, Any] = {n: v for n in names if (v := getattr(args, n)) is not None}
     if args.tokenizer is not None:
         path = Path(args.tokenizer)
         files = tuple(sorted(path.glob("*.*"))) if path.is_dir() else (path,)
-        digests = record.weigh({"tokenizer": (path.name, files)})
-        found["tokenizer"] = digests["tokenizer"]["sha256"]
-    return found
+        weighed = record.weigh({"tokenizer": (path.name, files)})
+        loading["tokenizer"] = weighed["tokenizer"]["sha256"]
+    return loading
 
 
 def _controls(args: argparse.Namespace) -> list[Attachable]:
@@ -256,31 +260,23 @@ def _pictures(
     }
 
 
-class _Progress:
+@contextmanager
+def _drawing(jobs: Sequence[Job]) -> Generator[Callable[[Job, Left], None]]:
     """What is left: a bar of network passes on a terminal, else a line a minute."""
+    passes, last = sum(job.passes for job in jobs), time.monotonic()
+    if jobs:
+        note(f"{counted(len(jobs), 'cell')} to draw, {passes:.0f} network passes")
+    with progress(round(passes), "drawing", " pass") as bar:
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._passes = sum(job.passes for job in jobs)
-        self._last = time.monotonic()
-        if jobs:
-            cells = counted(len(jobs), "cell")
-            note(f"{cells} to draw, {self._passes:.0f} network passes")
+        def show(job: Job, left: Left) -> None:
+            nonlocal last
+            bar.update(job.passes)
+            if not sys.stderr.isatty() and time.monotonic() - last >= TELL_EVERY_S:
+                last = time.monotonic()
+                about = "" if left.seconds is None else f", about {duration(left.seconds)} left"
+                note(f"{left.done} of {left.total} cells{about}")
 
-    def __enter__(self) -> _Progress:
-        self._open = progress(round(self._passes), "drawing", " pass")
-        self._bar = self._open.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self._open.__exit__(*raised)
-
-    def __call__(self, job: Job, left: Left) -> None:
-        self._bar.update(job.passes)
-        if sys.stderr.isatty() or time.monotonic() - self._last < TELL_EVERY_S:
-            return
-        self._last = time.monotonic()
-        about = "" if left.seconds is None else f", about {duration(left.seconds)} left"
-        note(f"{left.done} of {left.total} cells{about}")
+        yield show
 
 
 def duration(seconds: float) -> str:

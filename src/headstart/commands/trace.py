@@ -18,7 +18,7 @@ from headstart.commands.arguments import (
 from headstart.commands.console import note
 from headstart.commands.intervention import Intervention, add_intervention, read_intervention
 from headstart.commands.parser import LIST, Command, add_options
-from headstart.commands.plan_options import add_plans
+from headstart.commands.plan_options import PLAN_OPTION, add_plans
 from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
@@ -78,26 +78,35 @@ def _run(args: argparse.Namespace) -> int:
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")
     controls = _watched(args.watch, prompt)
-    twins = {control for control in controls.values() if control is not None}
+    texts = (prompt, *sorted({control for control in controls.values() if control is not None}))
     later = [] if change is None or change.prompt is None else [change.prompt]
-    engine = open_engine(args, [prompt, *later, *sorted(twins)])
+    engine = open_engine(args, [prompt, *later, *texts[1:]])
     tables = {name: engine.compile(name, **_settings(name, names, args)) for name in names}
     if change is not None:
         change.check(tables, engine)
     decoder, scorer = _tools(args, engine, bool(controls))
     negatives = _negatives(read_texts(args.negative), tables, change)
-    options_of: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         name: {"plan": table, "seeds": seeds, "negative": negatives[name], "size": size}
         for name, table in tables.items()
     }
-    for options in options_of.values():
-        for text in (prompt, *sorted(twins)):
-            engine.iterate(text, **options)  # checks it, and runs nothing
-    note(_memory(engine, tables, len(seeds) * (1 + len(twins)), size, change))
-    sampled = {
-        text: _sampled(engine, text, options_of, change) for text in (prompt, *sorted(twins))
-    }
-    found = _traced(args, sampled, prompt, controls, decoder, scorer)
+    for text in texts:
+        for run in options.values():
+            engine.iterate(text, **run)  # checks it, and runs nothing
+    note(_memory(engine, tables, len(seeds) * len(texts), size, change))
+    sampled = {text: _sampled(engine, text, options, change) for text in texts}
+
+    from headstart.traces.traces import trace
+
+    with progress(None, "decoding"):
+        found = trace(
+            sampled[prompt],
+            decoder,
+            phrases=tuple(controls),
+            controls={p: sampled[text] for p, text in controls.items() if text is not None},
+            scorer=scorer,
+            every=args.every or 1,
+        )
     write_file(args.out, _encoded(found, args.out.suffix.lower(), args.every is not None))
     for problem in found.problems:
         note(f"warning: {problem}")
@@ -159,7 +168,7 @@ def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
     compiled(args, {name: _settings(name, names, args) for name in names})
     taken = {key for name in names for key in _settings(name, names, args)}
     for key in PLAN_OPTIONS:
-        option = {"k": "base_steps", "n": "base_grid"}.get(key, key)
+        option = PLAN_OPTION.get(key, key)
         if getattr(args, option) is not None and key not in taken:
             raise PlanError(
                 f"--{option.replace('_', '-')} does nothing in plan {', '.join(names)}: leave it "
@@ -182,25 +191,21 @@ def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
     levels = [stage.level for stage in stages(prompt)]
     parts = [option.partition("=") for option in options]
     check_phrases([phrase for phrase, _, _ in parts])
-    found = {
-        phrase: control.strip() if mark else without(prompt, phrase)
-        for phrase, mark, control in parts
-    }
-    typed = {phrase for phrase, mark, _ in parts if mark}
-    for phrase, control in found.items():
-        own = phrase in typed  # which may have other levels
-        if control and not own and len(levels) > 1 and not _has_levels(control, levels):
+    controls: dict[str, str | None] = {}
+    for phrase, mark, typed in parts:
+        controls[phrase] = control = typed.strip() if mark else without(prompt, phrase)
+        if control is None:
+            note(f"{phrase!r} is not in the prompt: not asked for, so it is never called there")
+        elif control and not mark and len(levels) > 1 and not _has_levels(control, levels):
             raise InputError(
                 f"--watch {phrase!r}: the prompt without it has not the same parts by level, so it "
                 f"is no control: give one, --watch {phrase + '=PROMPT'!r}, or watch other words"
             )
-        if control is None:
-            note(f"{phrase!r} is not in the prompt: not asked for, so it is never called there")
         elif control == prompt:
             raise InputError(
                 f"--watch {phrase!r}: its control is the prompt itself; name the prompt without it"
             )
-    return found
+    return controls
 
 
 def _has_levels(control: str, levels: Sequence[object]) -> bool:
@@ -239,17 +244,14 @@ def _memory(
     change: Intervention | None,
 ) -> str:
     """What keeping x0 will take; a way on from a step has the rows before that step too."""
-    weights = engine.weights
+    weights, rows = engine.weights, sum(map(len, tables.values()))
     height, width = size or (weights.image_size,) * 2
     cells = (height // weights.downscale) * (width // weights.downscale)
-    rows = sum(map(len, tables.values()))
     what, count = f"{rows} steps x {counted(images, 'image')}", rows * images
     if change is not None:
         more, wide = rows * len(change.steps), change.images(images)
-        what, count = (
-            f"{what} and {more} steps x {counted(wide, 'image')} of changes",
-            count + more * wide,
-        )
+        what += f" and {more} steps x {counted(wide, 'image')} of changes"
+        count += more * wide
     mb = count * weights.latent_channels * cells * 4 / 1e6
     return f"keeping x0 of {what}: {mb:.{1 if mb >= 0.1 else 3}f} MB"
 
@@ -257,13 +259,13 @@ def _memory(
 def _sampled(
     engine: Engine,
     prompt: str,
-    options_of: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]],
     change: Intervention | None,
 ) -> dict[str, Traced]:
     before = () if change is None else [step - 1 for step in change.steps]
     runs: dict[str, Traced] = {}
-    with progress(sum(len(options["plan"]) for options in options_of.values()), "sampling") as bar:
-        for name, options in options_of.items():
+    with progress(sum(len(settings["plan"]) for settings in options.values()), "sampling") as bar:
+        for name, settings in options.items():
             kept: dict[int, State] = {}
 
             def see(state: State, kept: dict[int, State] = kept) -> None:
@@ -271,33 +273,11 @@ def _sampled(
                 if state.step in before:
                     kept[state.step] = state
 
-            run = engine.sample(prompt, **options, keep_x0=True, on_step=see)
+            run = engine.sample(prompt, **settings, keep_x0=True, on_step=see)
             runs[name] = run
             if change is not None:
                 runs.update(change.branches(name, engine, run, kept))
     return runs
-
-
-def _traced(
-    args: argparse.Namespace,
-    sampled: Mapping[str, dict[str, Traced]],
-    prompt: str,
-    controls: Mapping[str, str | None],
-    decoder: Decoder,
-    scorer: ConceptScorer | None,
-) -> Trace:
-    """`sampled`: prompt -> its runs, those of the controls among them."""
-    from headstart.traces.traces import trace
-
-    with progress(None, "decoding"):
-        return trace(
-            sampled[prompt],
-            decoder,
-            phrases=tuple(controls),
-            controls={p: sampled[text] for p, text in controls.items() if text is not None},
-            scorer=scorer,
-            every=args.every or 1,
-        )
 
 
 def _encoded(found: Trace, suffix: str, whole: bool) -> bytes:
