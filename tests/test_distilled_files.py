@@ -71,7 +71,7 @@ def test_what_cannot_be_a_distilled_lora_is_refused_before_weights_are_read(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    for name in ("pair.load_text", "parts.load_vae", "parts.load_unet"):
+    for name in ("pair.load_text", "parts.load_vae", "pair.load_unet"):
         monkeypatch.setattr(f"headstart.engine.{name}", read)
     unet = Made.of("sdxl", 1).write("bare", tmp_path / "sdxl_lightning_4step_unet")
     with pytest.raises(hs.CheckpointError, match="this file is none; a whole UNet goes in"):

@@ -15,7 +15,7 @@ from headstart.plan.by_name import PRESETS, TOML
 from headstart.plan.pairs import PAIRS
 
 if TYPE_CHECKING:
-    from headstart.engine.headers import Headers
+    from headstart.engine.models import Headers
     from headstart.plan.by_name import PlanSettings
     from headstart.plan.table import StepTable
 
@@ -47,7 +47,7 @@ def compiled(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> lis
 def headers_of(args: argparse.Namespace) -> Headers:
     """Of the files that the options of `arguments.sampling` name, or of the bundled pair's."""
     import headstart_weights
-    from headstart.engine.headers import read_headers
+    from headstart.engine.models import read_headers
 
     if not uses_bundled(args):
         return read_headers(

@@ -30,47 +30,27 @@ class Card(NamedTuple):
     source: str
 
 
+_SHEET, _PAPER = "Tensor Core GPU datasheet", "GPU Architecture whitepaper"
+_BRIEF = "NVIDIA Blackwell Architecture Technical Brief, HGX B200"
 CARDS: dict[str, Card] = {
-    "b200": Card(
-        *("NVIDIA B200 (HGX, 1000 W)", 2250, 2250, 1100, 80, 8000),
-        "NVIDIA Blackwell Architecture Technical Brief, HGX B200",
-    ),
-    "h200": Card(
-        *("NVIDIA H200 SXM", 989.5, 989.5, 494.7, 67, 4800), "NVIDIA H200 Tensor Core GPU datasheet"
-    ),
-    "h100": Card(
-        *("NVIDIA H100 SXM", 989.5, 989.5, 494.7, 67, 3350), "NVIDIA H100 Tensor Core GPU datasheet"
-    ),
-    "h100-pcie": Card(
-        *("NVIDIA H100 PCIe", 756.5, 756.5, 378, 51, 2000), "NVIDIA H100 Tensor Core GPU datasheet"
-    ),
-    "a100": Card(
-        *("NVIDIA A100 80GB SXM", 312, 312, 156, 19.5, 2039),
-        "NVIDIA A100 80GB Tensor Core GPU datasheet",
-    ),
+    "b200": Card("NVIDIA B200 (HGX, 1000 W)", 2250, 2250, 1100, 80, 8000, _BRIEF),
+    "h200": Card("NVIDIA H200 SXM", 989.5, 989.5, 494.7, 67, 4800, f"NVIDIA H200 {_SHEET}"),
+    "h100": Card("NVIDIA H100 SXM", 989.5, 989.5, 494.7, 67, 3350, f"NVIDIA H100 {_SHEET}"),
+    "h100-pcie": Card("NVIDIA H100 PCIe", 756.5, 756.5, 378, 51, 2000, f"NVIDIA H100 {_SHEET}"),
+    "a100": Card("NVIDIA A100 80GB SXM", 312, 312, 156, 19.5, 2039, f"NVIDIA A100 80GB {_SHEET}"),
     "a100-40gb": Card(
-        *("NVIDIA A100 40GB SXM", 312, 312, 156, 19.5, 1555),
-        "NVIDIA A100 Tensor Core GPU Architecture whitepaper",
+        "NVIDIA A100 40GB SXM", 312, 312, 156, 19.5, 1555, f"NVIDIA A100 Tensor Core {_PAPER}"
     ),
-    "l40s": Card(*("NVIDIA L40S", 362.05, 362.05, 183, 91.6, 864), "NVIDIA L40S GPU datasheet"),
-    "l4": Card(*("NVIDIA L4", 121, 121, 60, 30.3, 300), "NVIDIA L4 Tensor Core GPU datasheet"),
-    "a10": Card(*("NVIDIA A10", 125, 125, 62.5, 31.2, 600), "NVIDIA A10 Tensor Core GPU datasheet"),
-    "t4": Card(*("NVIDIA T4", 65, None, None, 8.1, 320), "NVIDIA T4 Tensor Core GPU datasheet"),
-    "v100": Card(
-        *("NVIDIA V100 SXM2", 125, None, None, 15.7, 900), "NVIDIA V100 Tensor Core GPU datasheet"
-    ),
+    "l40s": Card("NVIDIA L40S", 362.05, 362.05, 183, 91.6, 864, "NVIDIA L40S GPU datasheet"),
+    "l4": Card("NVIDIA L4", 121, 121, 60, 30.3, 300, f"NVIDIA L4 {_SHEET}"),
+    "a10": Card("NVIDIA A10", 125, 125, 62.5, 31.2, 600, f"NVIDIA A10 {_SHEET}"),
+    "t4": Card("NVIDIA T4", 65, None, None, 8.1, 320, f"NVIDIA T4 {_SHEET}"),
+    "v100": Card("NVIDIA V100 SXM2", 125, None, None, 15.7, 900, f"NVIDIA V100 {_SHEET}"),
     "5090": Card(
-        *("GeForce RTX 5090", 209.5, 209.5, 104.8, 104.8, 1792),
-        "NVIDIA RTX Blackwell GPU Architecture whitepaper",
+        "GeForce RTX 5090", 209.5, 209.5, 104.8, 104.8, 1792, f"NVIDIA RTX Blackwell {_PAPER}"
     ),
-    "4090": Card(
-        *("GeForce RTX 4090", 165.2, 165.2, 82.6, 82.6, 1008),
-        "NVIDIA Ada GPU Architecture whitepaper",
-    ),
-    "3090": Card(
-        *("GeForce RTX 3090", 71, 71, 35.6, 35.6, 936),
-        "NVIDIA Ampere GA102 GPU Architecture whitepaper",
-    ),
+    "4090": Card("GeForce RTX 4090", 165.2, 165.2, 82.6, 82.6, 1008, f"NVIDIA Ada {_PAPER}"),
+    "3090": Card("GeForce RTX 3090", 71, 71, 35.6, 35.6, 936, f"NVIDIA Ampere GA102 {_PAPER}"),
 }
 
 

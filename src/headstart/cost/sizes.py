@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,53 +31,39 @@ class Sizes(NamedTuple):
     text: tuple[Encoder, ...]
 
 
-_SD1_DOWN = (
-    *(Stage(320, (1, 1), True), Stage(640, (1, 1), True), Stage(1280, (1, 1), True)),
-    Stage(1280, (0, 0), False),
-)
-_SD1_UP = (
-    *(Stage(1280, (0, 0, 0), True), Stage(1280, (1, 1, 1), True), Stage(640, (1, 1, 1), True)),
-    Stage(320, (1, 1, 1), False),
-)
 # The unet/config.json of stable-diffusion-v1-5, stable-diffusion-2-1, stable-diffusion-xl-base-1.0.
+_SD2 = UNetParams(
+    down=(
+        *(Stage(320, (1, 1), True), Stage(640, (1, 1), True), Stage(1280, (1, 1), True)),
+        Stage(1280, (0, 0), False),
+    ),
+    mid=Mid(2, 1),
+    up=(
+        *(Stage(1280, (0, 0, 0), True), Stage(1280, (1, 1, 1), True), Stage(640, (1, 1, 1), True)),
+        Stage(320, (1, 1, 1), False),
+    ),
+    context_dim=1024,
+)
+_SDXL = UNetParams(
+    down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
+    mid=Mid(2, 10),
+    up=(
+        *(Stage(1280, (10, 10, 10), True), Stage(640, (2, 2, 2), True)),
+        Stage(320, (0, 0, 0), False),
+    ),
+    context_dim=2048,
+    added_dim=1280 + 6 * 256,
+)
 _UNETS = {
-    "sd15": UNetParams(
-        down=_SD1_DOWN,
-        mid=Mid(2, 1),
-        up=_SD1_UP,
-        context_dim=768,
-        heads=8,
-        linear_projection=False,
-    ),
-    "sd21": UNetParams(down=_SD1_DOWN, mid=Mid(2, 1), up=_SD1_UP, context_dim=1024),
-    "sdxl": UNetParams(
-        down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
-        mid=Mid(2, 10),
-        up=(
-            Stage(1280, (10, 10, 10), True),
-            Stage(640, (2, 2, 2), True),
-            Stage(320, (0, 0, 0), False),
-        ),
-        context_dim=2048,
-        added_dim=1280 + 6 * 256,
-    ),
+    "sd15": replace(_SD2, context_dim=768, heads=8, linear_projection=False),
+    "sd21": _SD2,
+    "sdxl": _SDXL,
 }
 _CLIP_L = ClipParams(
     width=768, layers=12, heads=12, mlp_width=3072, act="quick_gelu", positions=77, vocabulary=49408
 )
-_OPENCLIP_H = ClipParams(
-    width=1024, layers=23, heads=16, mlp_width=4096, act="gelu", positions=77, vocabulary=49408
-)
-_OPENCLIP_G = ClipParams(
-    width=1280,
-    layers=32,
-    heads=20,
-    mlp_width=5120,
-    act="gelu",
-    positions=77,
-    vocabulary=49408,
-    projection=1280,
-)
+_OPENCLIP_H = replace(_CLIP_L, width=1024, layers=23, heads=16, mlp_width=4096, act="gelu")
+_OPENCLIP_G = replace(_OPENCLIP_H, width=1280, layers=32, heads=20, mlp_width=5120, projection=1280)
 _TEXTS = {"sd15": (_CLIP_L,), "sd21": (_OPENCLIP_H,), "sdxl": (_CLIP_L, _OPENCLIP_G)}
 FULL = tuple(_UNETS)
 
@@ -106,15 +93,16 @@ def sizes_of_files(
     Raises CheckpointError for a file without a UNet that we know, and where no file has a VAE or
     text encoders and the family's full size is not known.
     """
-    own = overrides or Overrides()
+    overrides = overrides or Overrides()
     unets: dict[str, tuple[Family, UNetParams]] = {}
     for role, path in paths.items():
-        info = judge(path, Checkpoint.open(path, "unet"), own).require("unet")
+        info = judge(path, Checkpoint.open(path, "unet"), overrides).require("unet")
         assert info.unet is not None and info.family is not None
         unets[role] = info.family, info.unet
     family = next(iter(unets.values()))[0]
-    decoder = _vae(_holder("vae", vae, paths, family), replace(own, like=family), family)
-    encoders = _text(_holder("text", text, paths, family), replace(own, tokenizer=True), family)
+    decoder = _vae(_holder("vae", vae, paths, family), replace(overrides, like=family), family)
+    reading = replace(overrides, tokenizer=True)
+    encoders = _text(_holder("text", text, paths, family), reading, family)
     return {role: Sizes(own, unet, decoder, encoders) for role, (own, unet) in unets.items()}
 
 
@@ -125,11 +113,9 @@ def _holder(
     if path is not None:
         return Path(path)
     for model in paths.values():
-        try:
+        with suppress(CheckpointError):  # a folder without that component
             if part in Checkpoint.open(model, part).parts():
                 return Path(model)
-        except CheckpointError:  # a folder without that component
-            continue
     return None if family.lineage in FULL else Path(next(iter(paths.values())))
 
 
@@ -148,11 +134,8 @@ def _text(path: Path | None, overrides: Overrides, family: Family) -> tuple[Enco
     if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
         second = Checkpoint.open(path, "text_2")
     verdict = judge(path, Checkpoint.open(path, "text"), overrides, second=second)
-    infos = [verdict.require("text")]
-    if "text_2" in verdict.networks:
-        infos.append(verdict.require("text_2"))
-    encoders: list[Encoder] = []
-    for own in infos:
-        assert own.clip is not None and own.rule is not None
-        encoders.append((own.clip, own.rule))
+    parts = ("text", "text_2") if "text_2" in verdict.networks else ("text",)
+    infos = [verdict.require(part) for part in parts]
+    encoders = [(info.clip, info.rule) for info in infos if info.clip and info.rule]
+    assert len(encoders) == len(infos)
     return tuple(encoders)

@@ -22,10 +22,22 @@ from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.devices import choose_devices
 from headstart.engine.dtypes import Precision, choose_precision
-from headstart.engine.headers import read_headers
-from headstart.engine.models import FilePath, averaged, check_vae, holder, one_file
+from headstart.engine.models import (
+    FilePath,
+    averaged,
+    check_vae,
+    holder,
+    one_file,
+    read_headers,
+)
 from headstart.engine.options import LoadOptions
-from headstart.engine.parts import check_channels, decoder_dtype, preview_of, unet_of, vae_of
+from headstart.engine.parts import (
+    check_channels,
+    check_context,
+    decoder_dtype,
+    preview_of,
+    vae_of,
+)
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
@@ -34,7 +46,7 @@ from headstart.memory.planning import Sources, loading_device, notes, plan_resid
 from headstart.memory.residency import Residency
 from headstart.networks.assembly import Dtype, loading_for
 from headstart.networks.casting import compute_dtype
-from headstart.networks.load import load_text
+from headstart.networks.load import load_text, load_unet
 from headstart.networks.numbers import guidance_embedding
 from headstart.networks.packed import is_packed
 from headstart.networks.text import ClipText
@@ -244,13 +256,18 @@ def _load_unets(
     sources: Sources, residency: Residency, precision: Precision, text: ClipText
 ) -> dict[str, UNet]:
     unets: dict[str, UNet] = {}
-    allow, head_dim = sources.options.get("allow", ()), sources.options.get("head_dim")
     for role, path in sources.unets.items():
         with loading_for(residency.devices[role]):
-            unets[role] = unet_of(
-                path, loading_device(residency, role), precision.dtype, head_dim,
-                sources.ema[role], text, sources.text, allow, precision.packed,
-            )  # fmt: skip
+            unets[role] = load_unet(
+                path,
+                device=loading_device(residency, role),
+                dtype=precision.dtype,
+                head_dim=sources.options.get("head_dim"),
+                ema=sources.ema[role],
+                allow=sources.options.get("allow", ()),
+                packed=precision.packed,
+            )
+            check_context(path, text, sources.text, unets[role])
     return unets
 
 

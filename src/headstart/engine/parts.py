@@ -11,7 +11,7 @@ from headstart.checkpoint.families import Family
 from headstart.engine.models import FilePath
 from headstart.errors import CheckpointError, InputError
 from headstart.networks.assembly import Dtype, Packed
-from headstart.networks.load import load_tiny, load_unet, load_vae
+from headstart.networks.load import load_tiny, load_vae
 from headstart.networks.packed import is_packed
 from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyVae
@@ -86,27 +86,13 @@ def preview_of(path: FilePath, device: torch.device, allow: Collection[str]) -> 
     return tiny
 
 
-def unet_of(
-    path: FilePath,
-    device: torch.device,
-    dtype: Dtype,
-    head_dim: int | None,
-    ema: bool | None,
-    text: ClipText,
-    text_file: FilePath,
-    allow: Collection[str],
-    packed: Packed = False,
-) -> UNet:
-    """A UNet. Raises CheckpointError unless the text encoders' context is as wide as it reads."""
-    unet = load_unet(
-        path, device=device, dtype=dtype, head_dim=head_dim, ema=ema, allow=allow, packed=packed
-    )
+def check_context(path: FilePath, text: ClipText, text_file: FilePath, unet: UNet) -> None:
+    """Raise CheckpointError unless the text encoders' context is as wide as the UNet reads."""
     if text.context_dim != unet.params.context_dim:
         raise CheckpointError(
             f"{text_file}: its text encoders give {text.context_dim} numbers a token, and the "
             f"UNet of {path} reads {unet.params.context_dim}: give the text encoders of that family"
         )
-    return unet
 
 
 def check_channels(

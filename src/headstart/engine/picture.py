@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from headstart.diversify.methods import read_methods
 from headstart.engine.parameters import PARAMETERS, parameters
-from headstart.engine.position import Position
-from headstart.engine.record import Json, Recorded, describe
+from headstart.engine.record import Json, Position, Recorded, describe
 
 if TYPE_CHECKING:
     from headstart.networks.text import ClipText

@@ -9,11 +9,11 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from headstart.adapters.snapshot import ROLE
 from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
 from headstart.engine.digests import Identity, digest
-from headstart.engine.position import Position
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation
@@ -67,23 +66,55 @@ WeightFiles = Mapping[str, Files]
 """Role -> (the name to record, the files on disk)."""
 
 
+MOST_IMAGES = 4096
+"""Of the largest run that one of its pictures repeats: a picture may come from anybody."""
+
+
+class Position(NamedTuple):
+    """Where a picture was in its run, on which its rounding depends.
+
+    image, images   its number, and how many there were
+    text, texts     the same of its prompt among those that were encoded at once
+    tokens          of each of them, 0 where none was encoded
+    """
+
+    image: int
+    images: int
+    text: int
+    texts: int
+    tokens: int
+
+    @classmethod
+    def of(cls, found: Mapping[str, int], record: Mapping[str, Any]) -> Position:
+        """What a picture's record says. Raises ValueError for a position that no picture has."""
+        position = cls(*(found[name] for name in cls._fields))
+        prompts: Sequence[str] = record["prompts"]
+        image = 0 <= position.image < position.images <= MOST_IMAGES
+        text = 0 <= position.text < position.texts <= position.images
+        if not (image and text and position.tokens >= 0):
+            raise ValueError(f"no picture is at position {found}")
+        if len(prompts) not in (1, position.images) or len(prompts) != len(record["seeds"]):
+            raise ValueError(f"expected 1 or {position.images} prompts, and as many seeds")
+        return position
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """The part of a record that a replay needs to run."""
+    """A record as values, its fields in the order in which they are written."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     negative: str | Sequence[str | None] | None
     size: tuple[int, int]
     chunk: int
+    lineage: str | None = None
+    """The family whose images these are; None where the weights do not say."""
     table: StepTable
     weights: Mapping[str, Mapping[str, str]]
     machine: Mapping[str, object]
-    results: Mapping[str, list[str]]
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Name -> models, names that were allowed, strength; their files are among the weights."""
-    lineage: str | None = None
-    """The family whose images these are; None where the weights do not say."""
+    results: Mapping[str, list[str]]
     diversify: tuple[str, ...] = ()
     chosen: tuple[int, ...] | None = None
     """Seeds that a method chose, of which these are the images."""
@@ -151,28 +182,20 @@ def digests(batch: Tensor) -> list[str]:
     return [hashlib.sha256(sample.numpy().tobytes()).hexdigest() for sample in host]
 
 
+_WHERE_SET = ("diversify", "chosen", "reading", "given", "decode", "position")
+"""Fields that a record has only where they say something."""
+
+
 def describe(run: Recorded) -> Json:
     """The JSON-able record; floats survive json.dumps and json.loads exactly."""
-    return {
-        "format": FORMAT,
-        "prompts": list(run.prompts),
-        "seeds": list(run.seeds),
-        "negative": list(n) if isinstance(n := run.negative, tuple) else n,
-        "size": list(run.size),
-        "chunk": run.chunk,
-        "lineage": run.lineage,
-        "table": json.loads(run.table.to_json()),
-        "weights": {role: dict(file) for role, file in run.weights.items()},
-        "machine": dict(run.machine),
-        "adapters": {name: dict(adapter) for name, adapter in run.adapters.items()},
-        "results": {name: list(values) for name, values in run.results.items()},
-        **({"diversify": list(run.diversify)} if run.diversify else {}),
-        **({} if run.chosen is None else {"chosen": list(run.chosen)}),
-        **({"reading": _plain(run.reading)} if run.reading else {}),
-        **({"given": dict(run.given)} if run.given else {}),
-        **({} if (d := run.decode) is None else {"decode": {"chunk": d[0], "bands": d[1]}}),
-        **({} if run.position is None else {"position": run.position._asdict()}),
-    }
+    values = {own.name: getattr(run, own.name) for own in fields(run) if own.name != "first"}
+    values["table"] = json.loads(run.table.to_json())
+    if run.decode is not None:
+        values["decode"] = dict(zip(("chunk", "bands"), run.decode, strict=True))
+    if run.position is not None:
+        values["position"] = run.position._asdict()
+    stated = {name: value for name, value in values.items() if value or name not in _WHERE_SET}
+    return json.loads(json.dumps({"format": FORMAT, **stated}, default=dict))  # tuples are lists
 
 
 def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
@@ -215,10 +238,6 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{source!r} is damaged, or not {RECORD}: {error!s:.200}") from error
-
-
-def _plain(reading: Mapping[str, Any]) -> Json:
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in reading.items()}  # pyright: ignore
 
 
 def _read(reading: Mapping[str, Any]) -> Json:

@@ -32,7 +32,6 @@ from headstart.conditioning.texts import (
 from headstart.diversify.effect import check_images, select_of, strengths_of, table_of
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
-from headstart.diversify.select import Select
 from headstart.engine.options import RUN_OPTIONS, SampleOptions
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
@@ -119,8 +118,7 @@ def prepare(
     texts, seeds = pair_texts(prompts, seeds, read, inputs.samples, distinct=not by_sample)
     check_texts(texts, weights.text)
     images = Images(texts.prompts, seeds)
-    _check_across(methods, images, by_sample, inputs)
-    _check_equal(methods, texts, images, inputs)
+    _check_methods(methods, texts, images, inputs, by_sample=by_sample)
     table = table_of(methods, compile_for(weights, plan, settings))
     # With cond=, prompts are only names of the images.
     names_only = inputs.cond is not None
@@ -137,7 +135,13 @@ def prepare(
     height, width = (side // weights.downscale for side in pixels)
     latent = (weights.latent_channels, height, width)
     if resume is not None:
-        _check_resume(resume, table, [len(images), *latent], select)
+        shapes = [list(resume.x.shape), list(resume.x0.shape)]
+        check_resume(resume.step, table, shapes, [len(images), *latent])
+        if select is not None:
+            raise InputError(
+                f"diversify {select}: chooses seeds after the first row, which is behind a resumed "
+                "run: leave it out, and give the chosen seeds (Trajectory.chosen)"
+            )
     noise = noise_source(inputs.noise, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
     fits, spare = _chunks(weights, shape, table, BatchSizes.of(batch))
@@ -158,18 +162,6 @@ def prepare(
         strengths=attached.strengths(table, len(images), acts),
         methods=methods,
     )
-
-
-def _check_resume(
-    resume: State, table: StepTable, expected: Sequence[int], select: Select | None
-) -> None:
-    shapes = [list(resume.x.shape), list(resume.x0.shape)]
-    check_resume(resume.step, table, shapes, expected)
-    if select is not None:
-        raise InputError(
-            f"diversify {select}: chooses seeds after the first row, which is behind a resumed run:"
-            " leave it out, and give the chosen seeds (Trajectory.chosen)"
-        )
 
 
 def _chunks(
@@ -284,16 +276,19 @@ def _check_negative_levels(
                 )
 
 
-def _across(methods: Sequence[Method]) -> Method | None:
-    """The first method that acts across the images of a prompt."""
-    return next((method for method in methods if method.least > 1), None)
-
-
-def _check_across(
-    methods: Sequence[Method], images: Images, by_sample: bool, inputs: Inputs
+def _check_methods(
+    methods: Sequence[Method],
+    texts: PromptTexts,
+    images: Images,
+    inputs: Inputs,
+    *,
+    by_sample: bool,
 ) -> None:
+    """Raise InputError for methods that cannot act here: one that draws candidates beside noise=,
+    and one that acts across the images of a prompt where these differ in texts, tensors or adapter
+    strengths."""
     check_images(methods, images)
-    across = _across(methods)
+    across = next((method for method in methods if method.least > 1), None)
     if across is not None and by_sample:
         raise InputError(
             f"diversify {across}: acts across the images of a prompt, and here these have adapter "
@@ -304,22 +299,13 @@ def _check_across(
             f"diversify {select}: draws candidates from other seeds, and noise= replaces the "
             "seeds: leave one of them out"
         )
-
-
-def _check_equal(
-    methods: Sequence[Method], texts: PromptTexts, images: Images, inputs: Inputs
-) -> None:
-    """Raise InputError where images that a method mixes have different texts or tensors."""
-    across = _across(methods)
-    if across is None:
-        return
-    for prompt, rows in images.by_prompt.items():
+    for prompt, rows in images.by_prompt.items() if across is not None else ():
         several = [
             name for name in TEXT_OPTIONS if len({getattr(texts, name)[row] for row in rows}) > 1
         ]
-        if found := several or inputs.differing(rows):
+        if differing := several or inputs.differing(rows):
             raise InputError(
                 f"diversify {across}: acts across the images of a prompt, and those of "
-                f"{prompt!r:.60} differ in {found[0]}=: give one for all of them, or leave the "
+                f"{prompt!r:.60} differ in {differing[0]}=: give one for all of them, or leave the "
                 "method out"
             )

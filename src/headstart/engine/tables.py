@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import cast
 
-from headstart.checkpoint.distillation import Guess
+from headstart.engine.models import Headers
+from headstart.engine.pair import Pair
 from headstart.errors import PlanError
 from headstart.plan.by_name import PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.plan import Plan
-from headstart.plan.prediction import Prediction
 from headstart.plan.request import check_table
 from headstart.plan.schedule import fingerprint_of
-from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 
-
-class Declared(Protocol):
-    """What is known of a pair's files: of loaded weights, or of headers alone."""
-
-    @property
-    def denoisers(self) -> Mapping[str, object]: ...
-    @property
-    def schedules(self) -> Mapping[str, Process]: ...
-    @property
-    def predictions(self) -> Mapping[str, Prediction]: ...
-    @property
-    def guesses(self) -> Mapping[str, Guess]: ...
-    @property
-    def preset(self) -> str | None: ...
+Declared = Pair | Headers
+"""What is known of a pair's files: of loaded weights, or of headers alone."""
 
 
 def compile_for(

@@ -26,6 +26,11 @@ from headstart.pictures.inline import data_uri
 from headstart.pictures.png import encode_png
 from headstart.plan.table import StepTable
 
+_RECORDED = (
+    *("prompts", "seeds", "negative", "size", "chunk", "lineage", "table", "machine", "adapters"),
+    *("chosen", "reading", "given", "decode"),
+)
+"""Fields that the record of a run has as they are."""
 _LARGEST_PX = 1600
 """Of a sheet in a notebook."""
 
@@ -175,28 +180,10 @@ class Trajectory:
 
     def recorded(self) -> record.Recorded:
         """The record as values."""
+        weights = record.weigh(self.files)
+        results = {"latents": record.digests(self.latents), "rgb": record.digests(self.rgb)}
         if self.source is not None:
-            now = {"latents": record.digests(self.latents), "rgb": record.digests(self.rgb)}
-            weights = record.weigh(self.files)
-            return replace(self.source, machine=self.machine, weights=weights, results=now)
-        return record.Recorded(
-            prompts=self.prompts,
-            seeds=self.seeds,
-            negative=self.negative,
-            size=self.size,
-            chunk=self.chunk,
-            table=self.table,
-            weights=record.weigh(self.files),
-            machine=self.machine,
-            adapters=self.adapters,
-            lineage=self.lineage,
-            diversify=tuple(map(str, self.diversify)),
-            chosen=self.chosen,
-            reading=self.reading,
-            given=self.given,
-            decode=self.decode,
-            results={
-                "latents": record.digests(self.latents),
-                "rgb": record.digests(self.rgb),
-            },
-        )
+            return replace(self.source, machine=self.machine, weights=weights, results=results)
+        values = {name: getattr(self, name) for name in _RECORDED}
+        methods = tuple(map(str, self.diversify))
+        return record.Recorded(**values, weights=weights, results=results, diversify=methods)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from headstart.pictures.inline import data_uri, render
 from headstart.spaces.extractor import Rgb
-from headstart.traces.report import strip_json
 from headstart.traces.strip import Strip
 
 LARGEST_PX = 256
@@ -32,7 +31,7 @@ def write_page(strips: Sequence[Strip], *, prompt: str, footer: str) -> str:
 
 
 def _plan(strip: Strip) -> dict[str, Any]:
-    plan = strip_json(strip)
+    plan = strip.to_json()
     for row, step in zip(plan["steps"], strip.steps, strict=True):
         row["guidance"] = step.guidance
     return {

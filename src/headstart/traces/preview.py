@@ -172,7 +172,9 @@ class Preview:
         self._own = lane
         self._lanes: dict[torch.device, Lane] = {}
         self._slots = threading.BoundedSemaphore(slots)
-        self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[tuple[int, Callable[[], HostPicture]] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread: threading.Thread | None = None
         self._raised: Exception | None = None
         self._reported = 0
@@ -213,7 +215,7 @@ class Preview:
             self._slots.release()
             self._failed(state.step, error)
             return
-        self._pending.put(_Pending(state.step, finish))
+        self._pending.put((state.step, finish))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="preview", daemon=True)
             self._thread.start()
@@ -252,12 +254,11 @@ class Preview:
 
     def _work(self) -> None:
         while (pending := self._pending.get()) is not None:
+            step, finish = pending
             try:
-                drawn = pending.finish()
+                self._hand_over(step, finish())
             except Exception as error:
-                self._failed(pending.step, error)
-            else:
-                self._hand_over(pending.step, drawn)
+                self._failed(step, error)
             finally:
                 self._slots.release()
 
@@ -288,8 +289,3 @@ def _ready(rgb: Tensor) -> Picture:
 
 _READY = Decoder(name="linear", space=None, channels=3, scale=1, draw=_ready)
 """For a picture that the step drew: uint8 [B, 3, h, w], nothing left to do."""
-
-
-class _Pending(NamedTuple):
-    step: int
-    finish: Callable[[], HostPicture]

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.metrics.resample import Interval
-from headstart.plan.table import Step, StepTable
+from headstart.metrics.resample import Interval, finite_or_none
+from headstart.plan.table import Step, StepTable, level_text
 from headstart.traces.structure import Measured
 from headstart.traces.timeline import Timeline
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Strip:
     """What one plan aimed at, row by row; S looked-at rows, B seeds.
 
@@ -61,6 +61,48 @@ class Strip:
         if self.from_step is None:
             return None
         return next(i for i, row in enumerate(self.rows) if row >= self.from_step)
+
+    def to_json(self) -> dict[str, Any]:
+        timeline, shares = self.timeline, self.measured.share.tolist()
+        return {
+            "name": self.name,
+            "prompt": self.prompt,
+            "seeds": list(self.seeds),
+            "passes": self.table.passes(),
+            "handoffs": list(self.table.handoffs),
+            "from_step": self.from_step,
+            "moved": None if self.moved is None else [*map(finite_or_none, self.moved)],
+            "steps": [figures.to_json() for figures in self.measured.figures],
+            "share_by_seed": [[finite_or_none(share, 4) for share in row] for row in shares],
+            "timeline": None if timeline is None else timeline.to_json(self.seeds, self.rows),
+        }
+
+    def __str__(self) -> str:
+        """Its numbers as a table for a terminal."""
+        lines = [
+            self.name + self._moved_text(),
+            f"{'step':>4}  {'model':<10}{'timestep':>9}{'sigma':>9}{'A':>9}"
+            f"{'distance':>10}{'share':>8}{'95 %':>16}{'spread':>9}",
+        ]
+        for row in self.measured.figures:
+            share, level = row.share, level_text(row.sigma, ".3f")
+            ends = "" if np.isnan(share.low) else f"{share.low:.2f} .. {share.high:.2f}"
+            spread = "" if np.isnan(row.spread.value) else f"{row.spread.value:.3f}"
+            lines.append(
+                f"{row.step:>4}  {row.model:<10.9}{row.timestep:>9.4g}{level:>9}"
+                f"{row.amplification:>9.4g}{row.distance.value:>10.3f}{share.value:>8.2f}{ends:>16}"
+                f"{spread:>9}"
+            )
+        if self.timeline is not None:
+            lines += self.timeline.fates(self.seeds, self.rows)
+        return "\n".join(lines)
+
+    def _moved_text(self) -> str:
+        if self.moved is None:
+            return ""
+        value, low, high = self.moved
+        ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+        return f": moves the image by {value:.3f}{ends}"
 
 
 class Placed(NamedTuple):

@@ -134,6 +134,19 @@ class Timeline:
         total = np.where(known, beyond, 0.0).sum(0)
         return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
+    def fates(self, seeds: Sequence[int], rows: Sequence[int]) -> list[str]:
+        """A line for each phrase: where it was there, by seed."""
+        lines: list[str] = []
+        for number, (phrase, null) in enumerate(zip(self.phrases, self.nulls, strict=True)):
+            pairs = zip(seeds, self.courses, strict=True)
+            fates = [f"seed {seed} {courses[number].fate(rows)}" for seed, courses in pairs]
+            lines.append(
+                f"  {phrase!r}: not asked for"
+                if null is None
+                else f"  {phrase!r}, beyond {null.without!r}: {'; '.join(fates)}"
+            )
+        return lines
+
     def to_json(self, seeds: Sequence[int], steps: Sequence[int]) -> dict[str, Any]:
         """`appears` and `abandoned` as row numbers of the plan."""
         nulls = zip(self.phrases, self.nulls, strict=True)
@@ -154,6 +167,20 @@ class Timeline:
                 for course in courses
             ],
         }
+
+
+def curves_text(timelines: Sequence[Timeline]) -> str:
+    """What the curves of watched phrases are, and how often they would be wrong."""
+    nulls = [null for timeline in timelines for null in timeline.nulls if null is not None]
+    scorer, meaning = timelines[0].scorer, timelines[0].meaning
+    text = f"curves: how far a phrase is beyond the same run without it, by {scorer} ({meaning})"
+    if not nulls:
+        return text
+    courses, crossed = sum(n.courses for n in nulls), sum(n.crossed for n in nulls)
+    return (
+        f"{text} · 1: further than {100 * (1 - FALSE_RATE):.0f} % of what nobody asked for "
+        f"({crossed} of {courses} come further)"
+    )
 
 
 def phrase_of(noun: str) -> str:

@@ -23,7 +23,6 @@ from headstart.traces.branches import Branch
 from headstart.traces.decoders import Decoder, first_line
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.page import write_page
-from headstart.traces.report import curves_text, strip_json, strip_text
 from headstart.traces.strip import Strip
 from headstart.traces.structure import (
     Figures,
@@ -33,7 +32,13 @@ from headstart.traces.structure import (
     moved,
     pixel_space,
 )
-from headstart.traces.timeline import ConceptScorer, DecodedRun, phrase_of, watch
+from headstart.traces.timeline import (
+    ConceptScorer,
+    DecodedRun,
+    curves_text,
+    phrase_of,
+    watch,
+)
 
 Traced: TypeAlias = Trajectory | Branch
 """A finished run, or one that went on from a step of it."""
@@ -98,12 +103,12 @@ class Trace:
             "decoder": self.decoder,
             "space": self.space,
             "problems": list(self.problems),
-            "plans": [strip_json(strip) for strip in self.strips],
+            "plans": [strip.to_json() for strip in self.strips],
         }
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        return "\n\n".join(map(strip_text, self.strips))
+        return "\n\n".join(map(str, self.strips))
 
 
 def trace(
