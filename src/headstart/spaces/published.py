@@ -27,58 +27,41 @@ MOST_FILES = 8
 
 
 class Sign(NamedTuple):
-    """A tensor by which a file is known. `shape` has None where a side may be of any size.
-
-    fix  what to do with a file that is no space by itself
-    """
+    """A tensor by which a file is known. `shape` has None where a side may be of any size."""
 
     what: str
     name: str
     shape: tuple[int | None, ...]
-    fix: str = ""
 
 
-_SET = "give the folder that has all of them"
 SIGNS = (
     Sign("imagereward", "blip.visual_encoder.cls_token", (1, 1, None)),
     Sign("inception", "fc.weight", (1008, 2048)),
-    Sign(
-        "torchvision's Inception",
-        "Mixed_7c.branch_pool.conv.weight",
-        (192, 2048, 1, 1),
-        "its features give no FID: give pt_inception-2015-12-05-6726825d.pth of pytorch-fid",
-    ),
+    Sign("torchvision's Inception", "Mixed_7c.branch_pool.conv.weight", (192, 2048, 1, 1)),
     Sign("lpips", "net.slice1.0.weight", (None, 3, None, None)),
-    Sign(
-        "SqueezeNet's linear layers of LPIPS",
-        "lin6.model.1.weight",
-        (1, None, 1, 1),
-        "give those of alex or vgg",
-    ),
-    Sign(
-        "VGG-19",
-        "features.34.weight",
-        (None, None, 3, 3),
-        "LPIPS is of VGG-16: give vgg16-397923af.pth of torchvision",
-    ),
+    Sign("SqueezeNet's linear layers of LPIPS", "lin6.model.1.weight", (1, None, 1, 1)),
+    Sign("VGG-19", "features.34.weight", (None, None, 3, 3)),
     Sign("lin", "lin0.model.1.weight", (1, None, 1, 1)),
     Sign("backbone", "features.0.weight", (None, 3, 11, 11)),
     Sign("backbone", "features.28.weight", (None, None, 3, 3)),
-    Sign("a backbone of DreamSim", "pos_drop.weight", (None,), _SET),
-    Sign("a backbone of DreamSim", "blocks.0.attn.qkv.weight", (None, None), _SET),
-    Sign(
-        "a model of transformers",
-        "embeddings.cls_token",
-        (1, 1, None),
-        "give its folder, with config.json and preprocessor_config.json",
-    ),
-    Sign(
-        "a model of transformers",
-        "vision_model.embeddings.class_embedding",
-        (None,),
-        "give its folder, with config.json, preprocessor_config.json and the tokenizer",
-    ),
+    Sign("a backbone of DreamSim", "pos_drop.weight", (None,)),
+    Sign("a backbone of DreamSim", "blocks.0.attn.qkv.weight", (None, None)),
+    Sign("a model of transformers", "embeddings.cls_token", (1, 1, None)),
+    Sign("a model of transformers", "vision_model.embeddings.class_embedding", (None,)),
 )
+_INCEPTION = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
+_DREAMSIM = "give the folder that has all of them"
+_CONFIGS = "config.json, preprocessor_config.json and the tokenizer"
+FIXES = {
+    "Mixed_7c.branch_pool.conv.weight": f"its features give no FID: give {_INCEPTION}",
+    "lin6.model.1.weight": "give those of alex or vgg",
+    "features.34.weight": "LPIPS is of VGG-16: give vgg16-397923af.pth of torchvision",
+    "pos_drop.weight": _DREAMSIM,
+    "blocks.0.attn.qkv.weight": _DREAMSIM,
+    "embeddings.cls_token": "give its folder, with config.json and preprocessor_config.json",
+    "vision_model.embeddings.class_embedding": f"give its folder, with {_CONFIGS}",
+}
+"""What to do with a file that is no space by itself, by its tensor."""
 
 
 def read_published(path: Path, kind: str | None = None) -> Judge:
@@ -131,7 +114,7 @@ def _of_files(path: Path, files: Sequence[Path], kind: str | None) -> tuple[str,
     if any(by_what.values()):
         return "lpips", read_lpips(*lpips_pair(path, by_what["backbone"], by_what["lin"]))
     sign, weights = known[0]
-    raise InputError(f"{str(weights.path)!r} is {sign.what}: {sign.fix}")
+    raise InputError(f"{str(weights.path)!r} is {sign.what}: {FIXES[sign.name]}")
 
 
 WHOLE: Mapping[str, Callable[[Weights, str | None], Judge]] = {

@@ -76,7 +76,12 @@ def read_cases(path: Path, *, size_column: str | None = None) -> tuple[Case, ...
     problems = _Problems(path)
     try:
         with path.open("rb") as stream:
-            _check_encoding(path, stream)
+            begin = stream.read(4)
+            if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError(
+                    f"{str(path)!r}, line 1: this is UTF-16, expected UTF-8: save it as UTF-8"
+                )
+            stream.seek(len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0)
             cases = _read(stream, problems, size_column)
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
@@ -103,13 +108,13 @@ def batches(cases: Sequence[Case], size: int, least: int = 1) -> tuple[tuple[Cas
         shapes.setdefault(part[0].size, []).append(part)
     every: list[tuple[Case, ...]] = []
     for parts in shapes.values():
-        batch: tuple[Case, ...] = ()
+        batch: list[Case] = []
         for part in parts:
             if len(batch) + len(part) > size:
-                every.append(batch)
-                batch = ()
-            batch = (*batch, *part)
-        every.append(batch)
+                every.append(tuple(batch))
+                batch = []
+            batch += part
+        every.append(tuple(batch))
     return tuple(every)
 
 
@@ -140,13 +145,6 @@ def digest(cases: Sequence[Case]) -> str:
     """SHA-256 of what the cases say, whatever the file looked like."""
     text = "\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _check_encoding(path: Path, stream: BinaryIO) -> None:
-    begin = stream.read(4)
-    stream.seek(len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0)
-    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{str(path)!r}, line 1: this is UTF-16, expected UTF-8: save it as UTF-8")
 
 
 def _read(stream: BinaryIO, problems: _Problems, size_column: str | None) -> tuple[Case, ...]:
@@ -243,7 +241,8 @@ def _whole(name: str, text: str, most: int) -> int:
 
 
 def _size(text: str) -> Size | None:
-    match = re.fullmatch(r"([0-9]{1,6})(?:[xX]([0-9]{1,6}))?", text)
-    if text and match is None:
+    if not text:
+        return None
+    if not (match := re.fullmatch(r"([0-9]{1,6})(?:[xX]([0-9]{1,6}))?", text)):
         raise InputError(f"size {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
-    return (int(match[1]), int(match[2] or match[1])) if match else None
+    return int(match[1]), int(match[2] or match[1])

@@ -55,27 +55,22 @@ class Reference(NamedTuple):
 
 def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) -> Seen:
     """Features, and scores where the judge has them, of every picture."""
-    features: dict[str, list[Array]] = {space.name: [] for space in judge.spaces if not space.wide}
+    features: dict[Extractor, list[Array]] = {own: [] for own in judge.spaces if not own.wide}
     scores: list[Array] = []
     begin = 0
     for rgb in load_rgb([picture.path for picture in gallery.pictures]):
-        for space in judge.spaces:
-            if not space.wide:
-                features[space.name].append(space.features(rgb))
+        for space, parts in features.items():
+            parts.append(space.features(rgb))
         if judge.score is not None:
             own = gallery.pictures[begin : begin + len(rgb)]
             scores.append(judge.score(rgb, [final_text(picture.prompt) for picture in own]))
         begin += len(rgb)
         on_images(len(rgb))
-    spaces = [
-        _by_prompt(gallery, space) if space.wide else np.concatenate(features[space.name])
+    spaces = tuple(
+        _by_prompt(gallery, space) if space.wide else np.concatenate(features[space])
         for space in judge.spaces
-    ]
-    return Seen(
-        gallery=gallery,
-        spaces=tuple(spaces),
-        scores=np.concatenate(scores) if scores else None,
     )
+    return Seen(gallery=gallery, spaces=spaces, scores=np.concatenate(scores) if scores else None)
 
 
 def _by_prompt(gallery: Gallery, space: Extractor) -> Array:
