@@ -24,7 +24,7 @@ def planned(free: float | None, weights: dict[str, int] = SDXL) -> Placement:
 @pytest.mark.parametrize("free", [None, 24.0, 16.0])
 def test_where_all_fits_nothing_takes_turns_and_nothing_is_said(free: float | None) -> None:
     found = planned(free)
-    assert found.turns == () and found.held == sum(SDXL.values())
+    assert found.turns == () and found.resident_bytes == sum(SDXL.values())
     assert found.by_picture == found.by_prompt == () and note(found) is None
 
 
@@ -55,7 +55,7 @@ def test_what_does_not_fit_even_in_turns_is_refused_before_it_is_loaded() -> Non
 def test_every_stage_of_a_plan_fits_in_what_was_free(free: float) -> None:
     found = planned(free)
     for work in found.work.values():
-        assert found.held + work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
+        assert found.resident_bytes + work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.integers(1, 120))

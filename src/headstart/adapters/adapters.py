@@ -159,7 +159,9 @@ class AdapterSet:
             owners = self.look().token_owners(name)
             tokens, skipped = file_tokens(self._text_encoder, file, owners, allow)
             deltas = deltas_of(resolutions, self._models, self._texts)
-            live = all(isinstance(d, LowRank) for own in deltas.values() for d in own.values())
+            live = all(
+                isinstance(d, LowRank) for changes in deltas.values() for d in changes.values()
+            )
             adapter = AttachedAdapter(
                 report=report_of(name, file, resolutions, live, tokens, skipped),
                 to=to,
@@ -240,7 +242,7 @@ class AdapterSet:
             for host, part in slots.items():  # also those without a new change, which are cleared
                 part.fill(deltas.get(host, {}))
             return slots
-        return {host: Slots.of(host.layers, host.dtypes, own) for host, own in deltas.items()}
+        return {host: Slots.of(host.layers, host.dtypes, part) for host, part in deltas.items()}
 
     def _snapshot(
         self,

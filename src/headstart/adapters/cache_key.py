@@ -32,11 +32,11 @@ class _LayerChanges:
     """
 
     def __init__(self, changes: Changes, layers: Sequence[nn.Module]) -> None:
-        own = set(layers)
+        here = set(layers)
         slots = [
-            pair for hooks, pairs in changes.slots.items() if hooks.layer in own for pair in pairs
+            pair for hooks, pairs in changes.slots.items() if hooks.layer in here for pair in pairs
         ]
-        merged = [weights for hooks, weights in changes.weights.items() if hooks.layer in own]
+        merged = [weights for hooks, weights in changes.weights.items() if hooks.layer in here]
         self.layers, self.slots = layers, (*slots,)
         self.tables = [slot._buffers for _, slot in slots]  # pyright: ignore[reportPrivateUsage]
         self.names = {name for name, _ in slots}

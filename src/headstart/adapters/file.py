@@ -292,8 +292,8 @@ def _form(groups: Mapping[str, Group]) -> AdapterForm:
 
 def _is_peft(groups: Mapping[str, Group]) -> bool:
     """Whether an `adapter_config.json` beside the file can be its own."""
-    own = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.OFT_V2}
-    return any(group.forms & own for group in groups.values())
+    forms = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.OFT_V2}
+    return any(group.forms & forms for group in groups.values())
 
 
 def _reads_text(module: str) -> bool:

@@ -100,23 +100,26 @@ class Group:
         self._check_rank(layer)
         needed = self.slots.keys() - ({"alpha"} - self.kind.operands.keys())
         tensors = {slot: self._tensor(checkpoint, slot) for slot in self.slots if slot in needed}
-        own = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
-        for each in self.kind.value_agreements(own, layer):
+        operands = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
+        for each in self.kind.value_agreements(operands, layer):
             _check_agreement(self.name, each)
         scale, magnitude = self._scale(tensors, peft, alpha), self._magnitude(tensors, layer)
         if self.kind is WHOLE:
-            bias = own.pop("bias", None)
-            return Dense(WHOLE, own, bias=bias)
+            bias = operands.pop("bias", None)
+            return Dense(WHOLE, operands, bias=bias)
         bias = self._bias(tensors, scale)
         if self.kind is LORA:
-            down = own["down"]
-            if "mid" in own:
-                down = with_core(down, own["mid"])
-            own = {"down": down.reshape(len(down), *layer[1:]), "up": own["up"].flatten(1)}
+            down = operands["down"]
+            if "mid" in operands:
+                down = with_core(down, operands["mid"])
+            operands = {
+                "down": down.reshape(len(down), *layer[1:]),
+                "up": operands["up"].flatten(1),
+            }
             if magnitude is None and bias is None:
-                return LowRank(own["down"], own["up"], scale)
+                return LowRank(operands["down"], operands["up"], scale)
         kind = oft_v2(peft.oft_settings(self.name)) if self.kind is OFT_V2 else self.kind
-        return Dense(kind, own, scale, magnitude, bias)
+        return Dense(kind, operands, scale, magnitude, bias)
 
     def _check_rank(self, layer: Shape) -> None:
         """A factor's sides are the layer's, parts of them, and ranks."""

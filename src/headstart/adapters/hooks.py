@@ -102,10 +102,10 @@ class _ForwardOverride:
         raise _copy_error(self.hooks.layer)
 
     def __call__(self, input: Tensor, *more: Any) -> Any:
-        own = self.hooks.weights()
-        if own is None:
+        merged = self.hooks.weights()
+        if merged is None:
             return self.inner(input, *more)
-        return run_on(self.hooks.layer, input, own, *more)
+        return run_on(self.hooks.layer, input, merged, *more)
 
 
 @final
@@ -141,16 +141,16 @@ class LayerHooks:
             self._handle = None
         if self.override is None:
             return
-        self.override, own = None, vars(self.layer)
+        self.override, attributes = None, vars(self.layer)
         with _OVERRIDE_LOCK:
             while (
-                isinstance(override := own.get("forward"), _ForwardOverride)
+                isinstance(override := attributes.get("forward"), _ForwardOverride)
                 and override.hooks.override is not override
             ):
                 if override.owned:
-                    own["forward"] = override.inner
+                    attributes["forward"] = override.inner
                 else:
-                    del own["forward"]
+                    del attributes["forward"]
 
     @property
     def bypassed(self) -> bool:
@@ -232,16 +232,18 @@ class Host:
         stored = {path: layer.weight.dtype for path, layer in self.layers.items()}
         # Nothing computes in 8 bits: such weights are cast to the network's own dtype.
         wide = getattr(self.module, "dtype", torch.float32)
-        return {path: known or (own if own.itemsize > 1 else wide) for path, own in stored.items()}
+        return {
+            path: known or (dtype if dtype.itemsize > 1 else wide) for path, dtype in stored.items()
+        }
 
     def hooks(self, path: str) -> LayerHooks:
         return self._hooks[path]
 
     def hook(self, slots: Iterable[str], weights: Iterable[str] = ()) -> None:
         """Put hooks on these layers: for low-rank changes, and for merged weights."""
-        for paths, own in ((slots, False), (weights, True)):
+        for paths, merged in ((slots, False), (weights, True)):
             for path in paths:
-                self._hooks[path].hook(weights=own)
+                self._hooks[path].hook(weights=merged)
         if not self.conditioned or not self._hooked():
             return
         object.__setattr__(self.module, "current_adapters", self.current)

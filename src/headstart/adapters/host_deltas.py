@@ -27,7 +27,7 @@ def deltas_of(
     deltas: dict[Host, Mapping[str, Delta]] = {}
     for model, resolution in resolutions.items():
         for network, host in {"unet": models[model], **texts}.items():
-            layers = {path: d for (own, path), d in resolution.deltas.items() if own == network}
+            layers = {path: d for (name, path), d in resolution.deltas.items() if name == network}
             if layers:
                 _check_in_memory(model, [host.layers[path] for path in layers])
                 deltas[host] = {p: _attachable(models, host, p, d) for p, d in layers.items()}

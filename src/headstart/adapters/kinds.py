@@ -33,9 +33,9 @@ _ALPHA_ALONE = frozenset({"alpha"})
 def kinds_of(shapes: Shapes) -> list[Kind]:
     """The kinds with some of these operands; a sound file has one. A bias alone is a full
     difference; OFT and BOFT have the same operand, in 3 and 4 dimensions."""
-    own = shapes.keys() - MODIFIERS.keys()
+    operands = shapes.keys() - MODIFIERS.keys()
     other = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
-    kinds = [kind for kind in KINDS if own & kind.operands.keys() and kind is not other]
+    kinds = [kind for kind in KINDS if operands & kind.operands.keys() and kind is not other]
     return kinds or [FULL] * ("diff_b" in shapes)
 
 

@@ -53,14 +53,16 @@ def layers_by_number(
     """
     layer_of: dict[str, tuple[Network, str]] = {}
     for spelling, network in _NETWORKS.items():
-        own = {
+        numbered = {
             int(match[2]): group
             for group in groups
             if (match := _NAME.fullmatch(group.name)) and match[1] == spelling
         }
-        if own and network in networks:
-            layers = _best_order(own, network, networks[network])
-            layer_of |= {own[number].name: (network, layer) for number, layer in layers.items()}
+        if numbered and network in networks:
+            layers = _best_order(numbered, network, networks[network])
+            layer_of |= {
+                numbered[number].name: (network, layer) for number, layer in layers.items()
+            }
     return layer_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -92,13 +93,8 @@ def _patterns(names: Sequence[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name[:8], []).append(name)
-    patterns = ["*"] if len(groups) > 3 else [_pattern(group) for group in groups.values()]
+    patterns = ["*"]
+    if len(groups) <= 3:
+        starts = {os.path.commonprefix(group): group for group in groups.values()}  # noqa: RUF071
+        patterns = [s if len(group) == 1 else f"{s}*" for s, group in starts.items()]
     return " ".join(f"--allow '{pattern:.160}'" for pattern in patterns)
-
-
-def _pattern(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return names[0]
-    first, last = min(names), max(names)
-    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
-    return first[:same] + "*"

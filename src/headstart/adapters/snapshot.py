@@ -63,17 +63,13 @@ class AttachedAdapter:
 
     def with_strength(self, value: StrengthLike) -> AttachedAdapter:
         """The same adapter at this strength. Raises InputError where it cannot have it."""
-        strength = self._checked(as_strength(value))
-        if not self.report.live:
-            self.merged_strength(strength)
-        return replace(self, strength=strength)
+        return replace(self, strength=self._checked(as_strength(value)))
 
     def run_strength(self, value: StrengthLike | None) -> Strength:
         """The strength in one run; None is the attached one. Raises InputError where the adapter is
         merged at another."""
         strength = self._checked(self.strength if value is None else as_strength(value))
         if not self.report.live and strength != self.strength:
-            self.merged_strength(strength)
             raise InputError(
                 f"adapter {self.name!r} is merged at strength {self.strength.constant:g}, and "
                 f"this run asks for {strength.constant:g}: other runs share the weights, so set "
@@ -82,13 +78,16 @@ class AttachedAdapter:
         return strength
 
     def _checked(self, strength: Strength) -> Strength:
-        """Raises InputError for a strength by row of an adapter that changes the text alone."""
+        """Raises InputError for a strength by row of an adapter that changes the text alone, and
+        for one that is not the same everywhere of a merged adapter."""
         by_row = (strength.models, strength.below, strength.rows)
         if not self.changes_unet and any(part is not None for part in by_row):
             raise InputError(
                 f"adapter {self.name!r} changes the text alone, which is encoded once for all rows "
                 "and models: its strength is a number, or one for each sample"
             )
+        if not self.report.live:
+            self.merged_strength(strength)
         return strength
 
     def merged_strength(self, strength: Strength) -> float:
@@ -186,7 +185,7 @@ class Snapshot:
             values |= {name: self[name].strength for name in _names(options)}
         for name in values:
             self[name]
-        strengths = {n: own.run_strength(values.get(n)) for n, own in self.attached.items()}
+        strengths = {n: adapter.run_strength(values.get(n)) for n, adapter in self.attached.items()}
         for name, strength in strengths.items():
             check_models(name, self[name].to, strength, self.models)
         return strengths
@@ -255,12 +254,12 @@ class Snapshot:
                 f": attached are {', '.join(map(repr, self.attached)) or 'none'}",
             ),
             (
-                [name for name, own in attached.items() if not own.changes_unet],
+                [name for name, adapter in attached.items() if not adapter.changes_unet],
                 " on some legs, but they change the text alone, which is encoded once for all "
                 "rows; give their strengths to the run",
             ),
             (
-                [name for name, own in attached.items() if not own.report.live],
+                [name for name, adapter in attached.items() if not adapter.report.live],
                 " on some legs, but they are merged into the weights, which serve all rows; their "
                 "strength is one number for all",
             ),
@@ -316,5 +315,5 @@ def _changes(
                 by_layer[hooks] = (*by_layer.get(hooks, ()), (name, slot))
     sums: dict[LayerHooks, Weights] = {}
     for host, part in merged.items():
-        sums |= {host.hooks(path): own for path, own in part.by_path.items()}
+        sums |= {host.hooks(path): weights for path, weights in part.by_path.items()}
     return Changes(by_layer, sums)

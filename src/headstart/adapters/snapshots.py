@@ -35,12 +35,12 @@ class Snapshots:
     def take(self) -> Snapshot:
         """The current snapshot, which stays valid for as long as the caller keeps it."""
         with self._lock:
-            own = copy(self._current)
+            snapshot = copy(self._current)
             self._taken = [other for other in self._taken if other() is not None]
-            self._taken.append(weakref.ref(own))
+            self._taken.append(weakref.ref(snapshot))
             if self._stale:
                 self._unhook()
-        return own
+        return snapshot
 
     def peek(self) -> Snapshot:
         """The current snapshot, to look at only: a swap may write into its buffers."""
@@ -58,7 +58,7 @@ class Snapshots:
         """
         copies: dict[Slots | MergedWeights, Slots | MergedWeights] = {p: p.copy() for p in parts}
         with self._lock:
-            if any(part in copies for own in self._in_use() for part in own.all_parts()):
+            if any(part in copies for snapshot in self._in_use() for part in snapshot.all_parts()):
                 return False
             before = self._current
             self._current = replace(
@@ -77,12 +77,12 @@ class Snapshots:
             self._unhook()
 
     def _in_use(self) -> list[Snapshot]:
-        return [own for ref in self._taken if (own := ref()) is not None]
+        return [snapshot for ref in self._taken if (snapshot := ref()) is not None]
 
     def _unhook(self) -> None:
         needed: set[LayerHooks] = {*self._current.changes.layers}
-        for own in self._in_use():
-            needed |= own.changes.layers
+        for snapshot in self._in_use():
+            needed |= snapshot.changes.layers
         for host in self._hosts:
             host.unhook(needed)
         self._stale = needed != self._current.changes.layers

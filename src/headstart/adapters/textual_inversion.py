@@ -80,7 +80,10 @@ def embeddings_of(
     return tuple(
         Embedding(
             token.name,
-            {own: _vectors(path, checkpoint, key, token.row) for own, key in token.keys.items()},
+            {
+                encoder: _vectors(path, checkpoint, key, token.row)
+                for encoder, key in token.keys.items()
+            },
         )
         for token in tokens
     )
@@ -105,7 +108,7 @@ def with_embeddings(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText
         tokens[embedding.token] = tuple(-1 - first - row for row in range(embedding.count))
         first += embedding.count
     rows = [
-        torch.cat([*([old] if len(old) else []), *(own.vectors[name].float() for own in pairs)])
+        torch.cat([*([old] if len(old) else []), *(pair.vectors[name].float() for pair in pairs)])
         for name, old in zip(_NAMES, before, strict=False)
     ]
     return text.with_tokens(tokens, rows)
@@ -115,7 +118,7 @@ def why_incompatible(text: ClipText, embedding: Embedding) -> str | None:
     """Why these vectors do not fit these encoders; None where they do."""
     towers = [tower for tower in text.towers if isinstance(tower, Tower)]
     widths: dict[Encoder, int] = {
-        name: own.params.width for name, own in zip(_NAMES, towers, strict=False)
+        name: tower.params.width for name, tower in zip(_NAMES, towers, strict=False)
     }
     actual: dict[Encoder, int] = {
         name: vectors.shape[1] for name, vectors in embedding.vectors.items()
@@ -172,24 +175,26 @@ def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
         for start in (EMBEDDING, EMBEDDING_2):
             if role.startswith(start):
                 tokens.setdefault(file_entry["file"], []).append(role.removeprefix(start))
-    return [(file, own[0] if len(own) == 1 else None) for file, own in tokens.items()]
+    return [(file, names[0] if len(names) == 1 else None) for file, names in tokens.items()]
 
 
 def _pair_by_token(embeddings: Iterable[Embedding]) -> list[Embedding]:
     by_token: dict[str, Embedding] = {}
-    for own in embeddings:
-        other = by_token.get(own.token)
-        if other is not None and other.vectors.keys() & own.vectors.keys():
+    for embedding in embeddings:
+        other, token = by_token.get(embedding.token), f"the token {embedding.token!r:.80}"
+        if other is None:
+            by_token[embedding.token] = embedding
+            continue
+        if other.vectors.keys() & embedding.vectors.keys():
+            raise AdapterError(f"{token} is given twice: rename one of them, as in FILE:TOKEN")
+        if other.count != embedding.count:
             raise AdapterError(
-                f"the token {own.token!r:.80} is given twice: rename one of them, as in FILE:TOKEN"
+                f"{token}: expected as many vectors for each of SDXL's encoders, got "
+                f"{other.count} and {embedding.count}: the files are of different trainings"
             )
-        if other is not None and other.count != own.count:
-            raise AdapterError(
-                f"the token {own.token!r:.80}: expected as many vectors for each of SDXL's "
-                f"encoders, got {other.count} and {own.count}: the files are of different trainings"
-            )
-        pair = own.vectors if other is None else {**other.vectors, **own.vectors}
-        by_token[own.token] = replace(own, vectors=pair)
+        by_token[embedding.token] = replace(
+            embedding, vectors={**other.vectors, **embedding.vectors}
+        )
     return [*by_token.values()]
 
 

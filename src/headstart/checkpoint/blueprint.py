@@ -8,13 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from headstart.checkpoint.params import (
-    ClipParams,
-    Stage,
-    TinyParams,
-    UNetParams,
-    VaeParams,
-)
+from headstart.checkpoint.params import ClipParams, TinyParams, UNetParams, VaeParams
 from headstart.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -39,32 +33,22 @@ def check_groups(expected: Mapping[str, Shape], groups: int, key: str) -> None:
             )
 
 
-def _affine(name: str, width: int) -> Iterator[Row]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
-
-
-def _linear(name: str, out: int, inner: int, *, bias: bool = True) -> Iterator[Row]:
-    yield f"{name}.weight", (out, inner)
+def _layer(name: str, *shape: int, bias: bool = True) -> Iterator[Row]:
+    """The weight of a norm [c], a linear layer [o, i] or a convolution [o, i, kh, kw]; its bias."""
+    yield f"{name}.weight", shape
     if bias:
-        yield f"{name}.bias", (out,)
-
-
-def _conv(name: str, out: int, inner: int, side: int = 3, *, bias: bool = True) -> Iterator[Row]:
-    yield f"{name}.weight", (out, inner, side, side)
-    if bias:
-        yield f"{name}.bias", (out,)
+        yield f"{name}.bias", shape[:1]
 
 
 def _resnet(name: str, inner: int, out: int, time_dim: int | None) -> Iterator[Row]:
-    yield from _affine(f"{name}.norm1", inner)
-    yield from _conv(f"{name}.conv1", out, inner)
+    yield from _layer(f"{name}.norm1", inner)
+    yield from _layer(f"{name}.conv1", out, inner, 3, 3)
     if time_dim is not None:
-        yield from _linear(f"{name}.time_emb_proj", out, time_dim)
-    yield from _affine(f"{name}.norm2", out)
-    yield from _conv(f"{name}.conv2", out, out)
+        yield from _layer(f"{name}.time_emb_proj", out, time_dim)
+    yield from _layer(f"{name}.norm2", out)
+    yield from _layer(f"{name}.conv2", out, out, 3, 3)
     if inner != out:
-        yield from _conv(f"{name}.conv_shortcut", out, inner, 1)
+        yield from _layer(f"{name}.conv_shortcut", out, inner, 1, 1)
 
 
 # --------------------------------------------------------------------- UNet
@@ -77,10 +61,10 @@ def unet(params: UNetParams) -> dict[str, Shape]:
 
 def _unet(params: UNetParams) -> Iterator[Row]:
     width, time_dim = params.channels, params.time_dim
-    yield from _conv("conv_in", width, params.in_channels)
+    yield from _layer("conv_in", width, params.in_channels, 3, 3)
     yield from _embedding("time_embedding", width, time_dim)
     if params.guidance_dim is not None:
-        yield from _linear("time_embedding.cond_proj", width, params.guidance_dim, bias=False)
+        yield from _layer("time_embedding.cond_proj", width, params.guidance_dim, bias=False)
     if params.added_dim:
         yield from _embedding("add_embedding", params.added_dim, time_dim)
     skips = [width]
@@ -90,37 +74,31 @@ def _unet(params: UNetParams) -> Iterator[Row]:
         yield from _stage(block, inputs, stage.channels, stage.depths, params)
         width = stage.channels
         if stage.resample:
-            yield from _conv(f"{block}.downsamplers.0.conv", width, width)
+            yield from _layer(f"{block}.downsamplers.0.conv", width, width, 3, 3)
         skips += [width] * (len(stage.depths) + stage.resample)
     if params.mid is not None:
         inputs = [width] * params.mid.resnets
         yield from _stage("mid_block", inputs, width, (params.mid.depth,), params)
     for level, stage in enumerate(params.up):
-        yield from _up(f"up_blocks.{level}", width, skips, stage, params)
+        block, depths = f"up_blocks.{level}", stage.depths
+        if len(depths) > len(skips):
+            raise CheckpointError(
+                f"{block} has {len(depths)} resnets, and the way down leaves {len(skips)} for "
+                "them: the file is torn, or of another kind of network"
+            )
+        # Each resnet also reads an output of the down blocks, the last one first.
+        inputs = [(stage.channels if i else width) + skips.pop() for i in range(len(depths))]
+        yield from _stage(block, inputs, stage.channels, depths, params)
         width = stage.channels
-    yield from _affine("conv_norm_out", width)
-    yield from _conv("conv_out", params.out_channels, width)
-
-
-def _up(
-    block: str, width: int, skips: list[int], stage: Stage, params: UNetParams
-) -> Iterator[Row]:
-    """Each resnet also reads an output of the down blocks, the last one first."""
-    below = [width] + [stage.channels] * (len(stage.depths) - 1)
-    if len(below) > len(skips):
-        raise CheckpointError(
-            f"{block} has {len(below)} resnets, and the way down leaves {len(skips)} for them: the "
-            "file is torn, or of another kind of network"
-        )
-    inputs = [channels + skips.pop() for channels in below]
-    yield from _stage(block, inputs, stage.channels, stage.depths, params)
-    if stage.resample:
-        yield from _conv(f"{block}.upsamplers.0.conv", stage.channels, stage.channels)
+        if stage.resample:
+            yield from _layer(f"{block}.upsamplers.0.conv", width, width, 3, 3)
+    yield from _layer("conv_norm_out", width)
+    yield from _layer("conv_out", params.out_channels, width, 3, 3)
 
 
 def _embedding(name: str, inner: int, time_dim: int) -> Iterator[Row]:
-    yield from _linear(f"{name}.linear_1", time_dim, inner)
-    yield from _linear(f"{name}.linear_2", time_dim, time_dim)
+    yield from _layer(f"{name}.linear_1", time_dim, inner)
+    yield from _layer(f"{name}.linear_2", time_dim, time_dim)
 
 
 def _stage(
@@ -133,23 +111,21 @@ def _stage(
 
 
 def _transformer(name: str, width: int, depth: int, params: UNetParams) -> Iterator[Row]:
-    yield from _affine(f"{name}.norm", width)
+    yield from _layer(f"{name}.norm", width)
+    kernel = () if params.linear_projection else (1, 1)
     for side in ("proj_in", "proj_out"):
-        if params.linear_projection:
-            yield from _linear(f"{name}.{side}", width, width)
-        else:
-            yield from _conv(f"{name}.{side}", width, width, 1)
+        yield from _layer(f"{name}.{side}", width, width, *kernel)
     for i in range(depth):
         block = f"{name}.transformer_blocks.{i}"
         for norm in ("norm1", "norm2", "norm3"):
-            yield from _affine(f"{block}.{norm}", width)
+            yield from _layer(f"{block}.{norm}", width)
         for attention, read in (("attn1", width), ("attn2", params.context_dim)):
-            yield from _linear(f"{block}.{attention}.to_q", width, width, bias=False)
-            yield from _linear(f"{block}.{attention}.to_k", width, read, bias=False)
-            yield from _linear(f"{block}.{attention}.to_v", width, read, bias=False)
-            yield from _linear(f"{block}.{attention}.to_out.0", width, width)
-        yield from _linear(f"{block}.ff.net.0.proj", 8 * width, width)
-        yield from _linear(f"{block}.ff.net.2", width, 4 * width)
+            yield from _layer(f"{block}.{attention}.to_q", width, width, bias=False)
+            yield from _layer(f"{block}.{attention}.to_k", width, read, bias=False)
+            yield from _layer(f"{block}.{attention}.to_v", width, read, bias=False)
+            yield from _layer(f"{block}.{attention}.to_out.0", width, width)
+        yield from _layer(f"{block}.ff.net.0.proj", 8 * width, width)
+        yield from _layer(f"{block}.ff.net.2", width, 4 * width)
 
 
 # --------------------------------------------------------------------- VAE
@@ -172,31 +148,31 @@ def _vae(params: VaeParams) -> Iterator[Row]:
         yield from _vae_half("encoder", params, params.pixel_channels, 2 * latent)
     yield from _vae_half("decoder", params, latent, params.pixel_channels)
     if params.quant and params.encodes:
-        yield from _conv("quant_conv", 2 * latent, 2 * latent, 1)
+        yield from _layer("quant_conv", 2 * latent, 2 * latent, 1, 1)
     if params.quant:
-        yield from _conv("post_quant_conv", latent, latent, 1)
+        yield from _layer("post_quant_conv", latent, latent, 1, 1)
 
 
 def _vae_half(half: str, params: VaeParams, inner: int, out: int) -> Iterator[Row]:
     down = half == "encoder"
     widths = params.channels if down else params.channels[::-1]
     inside, side = params.channels[-1], "down" if down else "up"
-    yield from _conv(f"{half}.conv_in", widths[0], inner)
+    yield from _layer(f"{half}.conv_in", widths[0], inner, 3, 3)
     for level, width in enumerate(widths):
         block, before = f"{half}.{side}_blocks.{level}", widths[max(0, level - 1)]
         inputs = [before] + [width] * (params.layers - 1 if down else params.layers)
         for i, channels in enumerate(inputs):
             yield from _resnet(f"{block}.resnets.{i}", channels, width, None)
         if level < len(widths) - 1:
-            yield from _conv(f"{block}.{side}samplers.0.conv", width, width)
+            yield from _layer(f"{block}.{side}samplers.0.conv", width, width, 3, 3)
     for i in (0, 1):
         yield from _resnet(f"{half}.mid_block.resnets.{i}", inside, inside, None)
     attention = f"{half}.mid_block.attentions.0"
-    yield from _affine(f"{attention}.group_norm", inside)
+    yield from _layer(f"{attention}.group_norm", inside)
     for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        yield from _linear(f"{attention}.{name}", inside, inside)
-    yield from _affine(f"{half}.conv_norm_out", widths[-1])
-    yield from _conv(f"{half}.conv_out", out, widths[-1])
+        yield from _layer(f"{attention}.{name}", inside, inside)
+    yield from _layer(f"{half}.conv_norm_out", widths[-1])
+    yield from _layer(f"{half}.conv_out", out, widths[-1], 3, 3)
 
 
 # --------------------------------------------------------------------- text encoder, TAESD
@@ -212,14 +188,14 @@ def clip(params: ClipParams) -> dict[str, Shape]:
     for i in range(params.layers):
         layer = f"{model}.encoder.layers.{i}"
         for name in ("q", "k", "v", "out"):
-            rows += _linear(f"{layer}.self_attn.{name}_proj", width, width)
-        rows += _affine(f"{layer}.layer_norm1", width)
-        rows += _linear(f"{layer}.mlp.fc1", params.mlp_width, width)
-        rows += _linear(f"{layer}.mlp.fc2", width, params.mlp_width)
-        rows += _affine(f"{layer}.layer_norm2", width)
-    rows += _affine(f"{model}.final_layer_norm", width)
+            rows += _layer(f"{layer}.self_attn.{name}_proj", width, width)
+        rows += _layer(f"{layer}.layer_norm1", width)
+        rows += _layer(f"{layer}.mlp.fc1", params.mlp_width, width)
+        rows += _layer(f"{layer}.mlp.fc2", width, params.mlp_width)
+        rows += _layer(f"{layer}.layer_norm2", width)
+    rows += _layer(f"{model}.final_layer_norm", width)
     if params.projection:
-        rows += _linear("text_projection", params.projection, width, bias=False)
+        rows += _layer("text_projection", params.projection, width, bias=False)
     return dict(rows)
 
 
@@ -232,7 +208,7 @@ def tiny(params: TinyParams, half: str) -> dict[str, Shape]:
 
     def conv(inner: int, out: int, *, bias: bool = True) -> None:
         nonlocal index
-        rows.extend(_conv(f"{half}.layers.{index}", out, inner, bias=bias))
+        rows.extend(_layer(f"{half}.layers.{index}", out, inner, 3, 3, bias=bias))
         index += 1
 
     conv(ends[0] if down else ends[1], width)
@@ -244,7 +220,7 @@ def tiny(params: TinyParams, half: str) -> dict[str, Shape]:
             conv(width, width, bias=False)
         for _ in range(count):
             for i in (0, 2, 4):
-                rows.extend(_conv(f"{half}.layers.{index}.conv.{i}", width, width))
+                rows.extend(_layer(f"{half}.layers.{index}.conv.{i}", width, width, 3, 3))
             index += 1
     conv(width, ends[1] if down else ends[0])
     return dict(rows)

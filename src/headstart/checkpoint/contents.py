@@ -93,8 +93,8 @@ def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
         return {"adapter": {name: name for name in names}}
     parts: dict[str, dict[str, str]] = {}
     for name in names:
-        location = next((place for place in locations.get(name, ()) if place in chosen), None)
-        part, prefix = location or _enclosing(name, chosen) or ("", "")
+        inside = (location for location in locations.get(name, ()) if location in chosen)
+        part, prefix = next(inside, None) or _enclosing(name, chosen) or ("", "")
         parts.setdefault(part, {})[name[len(prefix) :]] = name
     return parts
 
@@ -143,7 +143,9 @@ def _choose(locations: Mapping[str, list[Location]]) -> dict[Location, int]:
 
 def _enclosing(name: str, chosen: Iterable[Location]) -> Location | None:
     """The network whose prefix an unknown name has, the longest prefix first."""
-    around = (place for place in chosen if place.prefix and name.startswith(place.prefix))
+    around = (
+        location for location in chosen if location.prefix and name.startswith(location.prefix)
+    )
     return max(around, key=lambda location: len(location.prefix), default=None)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from headstart.checkpoint.distillations import (
     ANCESTRAL,
@@ -22,6 +22,7 @@ from headstart.checkpoint.distillations import (
 )
 from headstart.checkpoint.folder import json_in, root_of
 from headstart.checkpoint.tensors import Checkpoint
+from headstart.errors import counted
 from headstart.plan.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -34,12 +35,21 @@ _METADATA = ("headstart.preset", "modelspec.title", "ss_output_name")
 _STEPS = re.compile(r"(?<![0-9])([1-9][0-9]?)[-_ ]?steps?(?![a-z])")
 _HUB_FOLDER = re.compile(r"models--[^/]+--([^/]+)")
 
+
+class _Predicts(NamedTuple):
+    pattern: str
+    prediction: Prediction
+    image_size: int | None = None
+
+
 # Of SD2.1's lineage: the 512 px models predict eps, the 768 px one v (their model cards).
-_PREDICTIONS: tuple[tuple[str, Prediction, int], ...] = (
-    (r"turbo", Prediction.EPS, 512),
-    (r"2[-_.]?[01]?[-_ ]base|512", Prediction.EPS, 512),
-    (r"768", Prediction.V, 768),
+_OF_SD21 = (
+    _Predicts(r"turbo", Prediction.EPS, 512),
+    _Predicts(r"2[-_.]?[01]?[-_ ]base|512", Prediction.EPS, 512),
+    _Predicts(r"768", Prediction.V, 768),
 )
+# sdxl_lightning_1step_unet_x0 is the one published network here that predicts x0.
+_OF_LIGHTNING = (_Predicts("x0", Prediction.X0),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +86,7 @@ class Guess:
         """One line for a user: the guess, its source, and how to override it."""
         parts: list[str] = []
         if row := self.distillation:
-            count = f", {self.steps} steps" if self.steps and self.steps > 1 else ""
-            count = ", 1 step" if self.steps == 1 else count
+            count = f", {counted(self.steps, 'step')}" if self.steps else ""
             override = f"preset {self.preset} (set with --preset or preset=)"
             parts.append(f"taken for {row.name}{count}: {override}")
         if self.prediction is not None and not without_prediction:
@@ -141,6 +150,7 @@ def _rule(step: Step) -> str:
     return ANCESTRAL if abs(step.keep - q * q) < 1e-9 else ""
 
 
+Row = TypeVar("Row", Distillation, _Predicts)
 _Clue = tuple[str, str]
 """A text to search, and its source."""
 
@@ -156,15 +166,24 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     path = Path(path)
     clues = _clues(path, checkpoint)
     steps = next((int(m[1]) for text, _ in clues if (m := _STEPS.search(text))), None)
-    distillation, source = _distillation(path, checkpoint, clues)
-    prediction, size, why = _prediction(clues, lineage, distillation, steps)
+    row, source = _distillation(path, checkpoint, clues)
+    rows = _OF_SD21 if lineage == "sd21" else ()
+    if row is not None and row.name == "Lightning" and steps == 1:
+        rows += _OF_LIGHTNING
+    predicts, why = _first(clues, rows)
     return Guess(
-        distillation=distillation,
-        steps=None if distillation is None or distillation.any_steps else steps,
-        prediction=prediction,
-        image_size=size,
+        distillation=row,
+        steps=None if row is None or row.any_steps else steps,
+        prediction=predicts and predicts.prediction,
+        image_size=predicts and predicts.image_size,
         why=source or why,
     )
+
+
+def _first(clues: Iterable[_Clue], rows: Sequence[Row]) -> tuple[Row, str] | tuple[None, None]:
+    """The first row whose pattern is in a clue, and the clue's source."""
+    matches = ((row, why) for text, why in clues for row in rows if re.search(row.pattern, text))
+    return next(matches, (None, None))
 
 
 def _clues(path: Path, checkpoint: Checkpoint) -> list[_Clue]:
@@ -188,28 +207,7 @@ def _distillation(
     scheduler = json_in(root_of(path), "scheduler/scheduler_config.json").get("_class_name")
     if scheduler == "LCMScheduler":
         clues.insert(sum(why == "metadata" for _, why in clues), ("lcm", "scheduler"))
-    for text, why in clues:
-        for row in DISTILLATIONS:
-            if re.search(row.pattern, text):
-                return row, why
-    return None, None
-
-
-def _prediction(
-    clues: Iterable[_Clue],
-    lineage: str,
-    distillation: Distillation | None,
-    steps: int | None,
-) -> tuple[Prediction | None, int | None, str | None]:
-    # sdxl_lightning_1step_unet_x0 is the one published network here that predicts x0.
-    lightning = distillation is not None and distillation.name == "Lightning" and steps == 1
-    for text, why in clues:
-        for pattern, prediction, size in _PREDICTIONS if lineage == "sd21" else ():
-            if re.search(pattern, text):
-                return prediction, size, why
-        if lightning and "x0" in text:
-            return Prediction.X0, None, why
-    return None, None, None
+    return _first(clues, DISTILLATIONS)
 
 
 def _skips(rows: Sequence[Step], trained: tuple[float, ...]) -> list[float]:

@@ -217,8 +217,8 @@ def _beside(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -
                      )  # fmt: skip
         elif ending is not None:
             module = name.removesuffix(ending)
-            held = of.keys() if ending in (_DESCRIPTION, _ORDER) or not of else entries.keys()
-            if not held & {module + rule.weight for rule in _RULES}:
+            weights = of.keys() if ending in (_DESCRIPTION, _ORDER) or not of else entries.keys()
+            if not weights & {module + rule.weight for rule in _RULES}:
                 fail(path, f"{name[:120]!r} is written beside an eight-bit weight with a scale, "
                            f"and there is no such {module[:120] + '.weight'!r}: the file is torn; "
                            "fetch it again")  # fmt: skip

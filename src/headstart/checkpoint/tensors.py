@@ -154,17 +154,15 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks in the file by name: unet, vae, text, text_2, tiny; without leftovers."""
-        if (cached := self._cached.contents) is None:
+        if self._cached.contents is None:
             split = self.split()
             strays = tuple(split.get("", {}).values())
-            cached = dict[PartName, _Contents]()
-            for name in PARTS:
-                if name in split:
-                    cached[name] = _contents(self, name, split[name], strays)
             # Parts themselves are not cached: they refer to this object, and so the mapped files
             # would stay until Python's cycle collector runs, long after the last tensor is gone.
-            self._cached.contents = cached
-        return {name: Part(self, name, *fields) for name, fields in cached.items()}
+            self._cached.contents = {
+                name: _contents(self, name, split[name], strays) for name in PARTS if name in split
+            }
+        return {name: Part(self, name, *fields) for name, fields in self._cached.contents.items()}
 
     def split(self) -> dict[str, dict[str, str]]:
         """`contents.split` of the names, cached; it also has the part "adapter".

@@ -13,8 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, cast
 
@@ -94,8 +93,12 @@ def extract(
         check_archive(path)
     limit = timeout_s or START_S + path.stat().st_size / BYTES_PER_S
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        with _reader(path, target, limit, output, errors) as process:
+        process = _start(path, target, limit, output, errors)
+        try:
             status = _wait(process, target, limit, on_bytes)
+        finally:
+            process.kill()
+            process.wait()
         if status is None or -status == _OUT_OF_TIME:
             fail(path, f"reading it took more than {limit:.0f} s, so it was given up: no pickle of "
                        "tensors takes that long (--timeout sets the limit)")  # fmt: skip
@@ -104,13 +107,11 @@ def extract(
         return _result(path, status, output.read(), errors.read(2**16))
 
 
-@contextmanager
-def _reader(
+def _start(
     path: Path, target: Path, limit: float, output: IO[bytes], errors: IO[bytes]
-) -> Generator[subprocess.Popen[bytes]]:
-    """The reading process; it is killed when the block ends."""
+) -> subprocess.Popen[bytes]:
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [
             *(sys.executable, "-P", "-m", "headstart.convert.unpickle"),
             *(str(file.absolute()) for file in (path, target)),  # so that none looks like an option
@@ -121,11 +122,6 @@ def _reader(
         stderr=errors,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _wait(

@@ -41,7 +41,7 @@ from headstart.engine.parts import (
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
-from headstart.memory.budget import Footprint
+from headstart.memory.budget import Footprint, text_values, unet_values
 from headstart.memory.planning import Sources, loading_device, notes, plan_residency, settle
 from headstart.memory.residency import Residency
 from headstart.networks.assembly import Dtype, loading_for
@@ -220,9 +220,13 @@ def load_demo(**options: Unpack[LoadOptions]) -> Pair:
 
 def _footprint(unets: Mapping[str, UNet], vae: Vae, text: ClipText) -> Footprint:
     towers = [tower.params for tower in text.towers if isinstance(tower, Tower)]
-    itemsize = max(compute_dtype(unet).itemsize for unet in unets.values())
-    params = [unet.params for unet in unets.values()]
-    return Footprint.of(params, vae.params, towers, itemsize, compute_dtype(vae).itemsize)
+    return Footprint(
+        latent_values=max(unet_values(unet.params) for unet in unets.values()),
+        vae=vae.params,
+        itemsize=max(compute_dtype(unet).itemsize for unet in unets.values()),
+        vae_itemsize=compute_dtype(vae).itemsize,
+        text_values=sum(map(text_values, towers)),
+    )
 
 
 def _embedded_guidance(guidance: float | None, dim: int | None) -> float | None:

@@ -59,7 +59,7 @@ class Arena:
         blocks = {part: _swapped(modules, size_bytes, device) for part, modules in networks.items()}
         self.size_bytes = max(map(_aligned, blocks.values()))
         self._buffer = torch.empty(self.size_bytes, dtype=torch.uint8, device=device)
-        self._parts = {part: self._host_copy(own, pin) for part, own in blocks.items()}
+        self._parts = {part: self._host_copy(swapped, pin) for part, swapped in blocks.items()}
         for part, modules in networks.items():
             for module in modules:
                 vars(module)["in_place"] = partial(self.using, part)
@@ -110,12 +110,12 @@ class Arena:
         for user in dict.fromkeys(self._users):
             self._side.wait_stream(user)
         self._users.clear()
-        self.resident, own = None, self._parts[part]
+        self.resident, weights = None, self._parts[part]
         with torch.inference_mode(False), torch.no_grad(), self._streams.stream(self._side):
-            for host, target in own.copies:
+            for host, target in weights.copies:
                 target.copy_(host, non_blocking=True)
         self.resident = part
-        self.moved_bytes += own.size_bytes
+        self.moved_bytes += weights.size_bytes
 
     def _host_copy(self, blocks: Sequence[Block], pin: Callable[[int], Tensor | None]) -> _HostCopy:
         """Make the weights views of the buffer, and keep their bytes on the host."""

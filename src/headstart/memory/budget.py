@@ -56,24 +56,6 @@ class Footprint:
     vae_itemsize: int = 4
     text_values: float = 0.0
 
-    @classmethod
-    def of(
-        cls,
-        unets: list[UNetParams],
-        vae: VaeParams,
-        towers: list[ClipParams],
-        itemsize: int,
-        vae_itemsize: int,
-    ) -> Footprint:
-        """Of the largest UNet, the decoder, and all text encoders."""
-        return cls(
-            latent_values=max(map(_unet_values, unets)),
-            vae=vae,
-            itemsize=itemsize,
-            vae_itemsize=vae_itemsize,
-            text_values=sum(map(_text_values, towers)),
-        )
-
     def row_bytes(self, shape: Shape) -> int:
         """Of one row in a UNet; a guided sample has two rows."""
         return int(self.latent_values * shape.latent[0] * shape.latent[1] * self.itemsize)
@@ -97,8 +79,8 @@ class Chunks(NamedTuple):
     @property
     def own_decode(self) -> tuple[int, int] | None:
         """(decode, bands); None where the decoder takes as many samples as a UNet, in one band."""
-        own = self.decode, self.bands
-        return None if own == (self.networks, 1) else own
+        taken = self.decode, self.bands
+        return None if taken == (self.networks, 1) else taken
 
 
 class Free(NamedTuple):
@@ -174,12 +156,12 @@ def chunks(
 
 
 def spare_bytes(
-    shape: Shape, values: Footprint, passes: int, free: Free, own: Chunks
+    shape: Shape, values: Footprint, passes: int, free: Free, sizes: Chunks
 ) -> int | None:
     """Bytes that these chunks leave for caches that live from row to row, such as a prompt's keys
     and values; None where nobody knows."""
     budget, rows = _budget(free.networks, shape.state_bytes), passes * values.row_bytes(shape)
-    return None if budget is None else max(0, int(budget - own.networks * rows))
+    return None if budget is None else max(0, int(budget - sizes.networks * rows))
 
 
 def _budget(free: int | None, states: int) -> float | None:
@@ -195,7 +177,7 @@ def _cut(size: int, each: int, budget: float | None, fixed: int | None) -> int |
     return size
 
 
-def _unet_values(params: UNetParams) -> float:
+def unet_values(params: UNetParams) -> float:
     """Skips of all levels, and the widest working set: 20 widths of a level, 28 with attention.
 
     The demo's UNet was measured to take 0.9 of this at 512 and 1024 px.
@@ -206,7 +188,7 @@ def _unet_values(params: UNetParams) -> float:
     return skips + working
 
 
-def _text_values(params: ClipParams) -> float:
+def text_values(params: ClipParams) -> float:
     """The hidden states of all layers, and the widest values of one MLP."""
     return params.positions * (params.width * (params.layers + 8) + 2 * params.mlp_width)
 

@@ -75,7 +75,7 @@ class Placement:
         return min(self.weights[part], self.arena) if part in self.turns else 0
 
     @property
-    def held(self) -> int:
+    def resident_bytes(self) -> int:
         """Bytes of weights on the device, in any stage."""
         return self.arena + sum(size - self.moving(part) for part, size in self.weights.items())
 
@@ -83,7 +83,10 @@ class Placement:
     def need(self) -> int:
         """Bytes that must be free: weights, the allocator's waste, the largest stage's work."""
         waste = sum(size for part, size in self.weights.items() if part not in self.turns) * SPREAD
-        return int(self.held + waste + max(self.work.values(), default=0) / SAFE_SHARE) + RESERVE
+        return (
+            int(self.resident_bytes + waste + max(self.work.values(), default=0) / SAFE_SHARE)
+            + RESERVE
+        )
 
     @property
     def by_prompt(self) -> tuple[Move, ...]:

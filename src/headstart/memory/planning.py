@@ -19,7 +19,7 @@ from headstart.checkpoint.tensors import PartName
 from headstart.memory.arena import Arena, pinned
 from headstart.memory.available import Memory, available_bytes, read_memory
 from headstart.memory.blocks import blocks_of, gather
-from headstart.memory.budget import SAFE_SHARE, Footprint, Shape
+from headstart.memory.budget import SAFE_SHARE, Footprint, Shape, text_values, unet_values
 from headstart.memory.offload import Placement, note, place
 from headstart.memory.residency import Residency
 from headstart.networks.assembly import Dtype
@@ -98,11 +98,11 @@ def plan_residency(
 
 def notes(residency: Residency) -> tuple[str, ...]:
     """For a person: what was decided for each device, and what the host has no memory for."""
-    lines = [line for own in residency.placements if (line := note(own)) is not None]
+    lines = [line for placement in residency.placements if (line := note(placement)) is not None]
     if residency.most_bytes is not None and not any(map(takes_turns, residency.devices.values())):
+        devices = ", ".join(sorted({str(device) for device in residency.devices.values()}))
         lines.append(
-            f"memory: of {', '.join(sorted({str(own) for own in residency.devices.values()}))} a "
-            "size limits what runs take beside the weights, here "
+            f"memory: of {devices} a size limits what runs take beside the weights, here "
             f"{residency.most_bytes / 1e9:.1f} GB; weights take turns on CUDA devices alone"
         )
     for arena in residency.arenas:
@@ -119,7 +119,9 @@ def notes(residency: Residency) -> tuple[str, ...]:
 def loading_device(residency: Residency, part: str) -> torch.device:
     """Where a part is loaded to: the host for a part that takes turns and, on a GPU, for a UNet
     (see `settle`); else the part's own device."""
-    here = next((own for own in residency.placements if part in own.weights), None)
+    here = next(
+        (placement for placement in residency.placements if part in placement.weights), None
+    )
     waits = here is not None and (part in here.turns or part in _UNETS)
     return torch.device("cpu") if waits else residency.devices[part]
 
@@ -134,25 +136,27 @@ def settle(residency: Residency, text: ClipText, unets: Mapping[str, UNet]) -> R
     """
     modules = {"text": [*text.towers], **{role: [unet] for role, unet in unets.items()}}
     arenas: list[Arena] = []
-    for own in residency.placements:
-        device, pin = torch.device(own.device), _host_memory(own)
-        for role in [role for role in _UNETS if role in own.weights]:
-            stays = role not in own.turns
-            _settle_unet(unets[role], device, own, stays=stays, host=pin is not None)
-        if own.turns:
-            networks = {part: modules[part] for part in own.turns}
+    for placement in residency.placements:
+        device, pin = torch.device(placement.device), _host_memory(placement)
+        for role in [role for role in _UNETS if role in placement.weights]:
+            stays = role not in placement.turns
+            _settle_unet(unets[role], device, placement, stays=stays, host=pin is not None)
+        if placement.turns:
+            networks = {part: modules[part] for part in placement.turns}
             streams = streams_of(device)
-            arenas.append(Arena(networks, own.arena, device, streams, pin or (lambda _: None)))
+            arenas.append(
+                Arena(networks, placement.arena, device, streams, pin or (lambda _: None))
+            )
     return replace(residency, arenas=tuple(arenas))
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _settle_unet(
-    unet: UNet, device: torch.device, own: Placement, *, stays: bool, host: bool
+    unet: UNet, device: torch.device, placement: Placement, *, stays: bool, host: bool
 ) -> None:
     """`host`: whether the host has memory to lay it out."""
-    if not host and not own.turns:
+    if not host and not placement.turns:
         unet.to(device)
         return
     if host:
@@ -171,13 +175,13 @@ def streams_of(device: torch.device) -> Streams:
     return cast("Streams", torch.cuda) if device.type == "cuda" else Host()
 
 
-def _host_memory(own: Placement) -> Callable[[int], Tensor | None] | None:
+def _host_memory(placement: Placement) -> Callable[[int], Tensor | None] | None:
     """`pinned`, where the host has memory for what takes turns and for laying UNets out. Else None:
     weights stay in their files, which the system caches as long as it can."""
-    need = sum(own.moving(part) for part in own.turns)
-    sizes = {role: size for role, size in own.weights.items() if role in _UNETS}
-    staying = (size for role, size in sizes.items() if role not in own.turns)
-    copied = sum(size for role, size in sizes.items() if role in own.turns)
+    need = sum(placement.moving(part) for part in placement.turns)
+    sizes = {role: size for role, size in placement.weights.items() if role in _UNETS}
+    staying = (size for role, size in sizes.items() if role not in placement.turns)
+    copied = sum(size for role, size in sizes.items() if role in placement.turns)
     need += int(LAYOUT_SHARE * (copied + max(staying, default=0)))  # those that stay, one by one
     free = available_bytes(torch.device("cpu"))
     return pinned if free is None or need <= SAFE_SHARE * free else None
@@ -206,11 +210,11 @@ def _values(sources: Sources, dtype: Dtype, vae_dtype: Dtype) -> tuple[Footprint
         dtype if isinstance(dtype, torch.dtype) else file_dtype(path, "unet", ema=sources.ema[role])
         for role, path in sources.unets.items()
     )
-    values = Footprint.of(
-        [unet for unet in unets if unet is not None],
-        vae,
-        [judged.clip for judged in texts if judged.clip is not None],
-        max(own.itemsize for own in dtypes),
-        vae_dtype.itemsize if isinstance(vae_dtype, torch.dtype) else 4,
+    values = Footprint(
+        latent_values=max(unet_values(unet) for unet in unets if unet is not None),
+        vae=vae,
+        itemsize=max(dtype.itemsize for dtype in dtypes),
+        vae_itemsize=vae_dtype.itemsize if isinstance(vae_dtype, torch.dtype) else 4,
+        text_values=sum(text_values(info.clip) for info in texts if info.clip is not None),
     )
     return values, Shape(1, vae.latent_channels, cells, pixels)

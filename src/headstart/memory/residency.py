@@ -81,11 +81,15 @@ class Residency:
             free = available_bytes(device)
             pools = pool_bytes(device)
             if free is not None and self.most_bytes is not None:
-                planned = sum(own.held for own in self.placements if own.device == str(device))
+                planned = sum(p.resident_bytes for p in self.placements if p.device == str(device))
                 free = min(free, self.most_bytes - planned - pools)
             of_devices.append((free, pools))
-        known = [own for own in of_devices if own[0] is not None]
-        return min(known, key=lambda own: sum(map(int, filter(None, own)))) if known else (None, 0)
+        known = [device for device in of_devices if device[0] is not None]
+        return (
+            min(known, key=lambda device: sum(map(int, filter(None, device))))
+            if known
+            else (None, 0)
+        )
 
 
 def state_to(state: State, device: torch.device) -> State:
