@@ -11,8 +11,16 @@ import warnings
 
 import pytest
 
-from headstart.commands.console import MOST_LINES, fail, loading, note, plain_warnings, warning
-from headstart.commands.progress import RowBar, progress
+from headstart.commands.console import (
+    MOST_LINES,
+    RowBar,
+    fail,
+    loading,
+    note,
+    plain_warnings,
+    progress,
+    warning,
+)
 
 ALONE = """
 import gc
@@ -87,7 +95,7 @@ def test_a_line_of_a_command_is_printed_once(capsys: pytest.CaptureFixture[str])
 def test_without_a_terminal_a_long_stage_prints_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("headstart.commands.progress.LINE_AFTER_S", 0.05)
+    monkeypatch.setattr("headstart.commands.console.LINE_AFTER_S", 0.05)
     with progress(None, "loading weights"), progress(3, "sampling") as bar:
         RowBar(bar).rows(2)
         time.sleep(0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headstart.cli import main
-from headstart.commands.option_names import in_options
+from headstart.commands.console import in_options
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias, cast, final
+from typing import Any, Literal, TypeAlias, TypeVar, cast, final
 
 from headstart.errors import InputError
 from headstart.plan.leg import PRINTED
 from headstart.plan.table import StepTable
 
+T = TypeVar("T")
 Level: TypeAlias = "float | Literal['handoff']"
 """A sigma, or the level of the plan's first hand-off."""
 
@@ -75,6 +76,11 @@ def cond_by_row(cond: object, table: StepTable) -> list[object]:
 def cond_parts(cond: object) -> list[object]:
     """The parts of a ByLevel in the order of falling levels; [cond] for anything else."""
     return [part for _, part in cond.parts] if isinstance(cond, ByLevel) else [cond]
+
+
+def map_parts(cond: T | ByLevel, change: Callable[[T], T]) -> T | ByLevel:
+    """The change of each part, or of `cond` itself."""
+    return cond.map(change) if isinstance(cond, ByLevel) else change(cond)
 
 
 def part_of_rows(levels: Sequence[Level], table: StepTable) -> list[int]:

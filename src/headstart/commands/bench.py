@@ -14,11 +14,11 @@ from headstart.commands.arguments import (
     add_prompt,
     sampling,
 )
+from headstart.commands.console import RowBar, progress
 from headstart.commands.estimate import add_estimate, check_estimate, estimated
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import PRESET, STEPS, add_plans
 from headstart.commands.planned import compiled
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, listed, one_prompt, read_size
 from headstart.commands.width import answer

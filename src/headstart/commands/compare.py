@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from headstart.commands.arguments import add_features, add_out, add_prompt, add_reading, sampling
-from headstart.commands.console import note
+from headstart.commands.console import RowBar, note, progress
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import (
     HANDOFF,
@@ -15,7 +15,6 @@ from headstart.commands.plan_options import (
     read_diversify,
 )
 from headstart.commands.planned import compiled
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, one_prompt
 from headstart.commands.width import answer

@@ -1,10 +1,15 @@
-"""What a person at a terminal sees besides the results: progress, warnings, errors, on stderr."""
+"""What a person at a terminal sees besides the results: progress, warnings, errors, on stderr.
+
+Messages of the library are in the command line's words: `preset='turbo'` is `--preset turbo`.
+"""
 
 from __future__ import annotations
 
 import codecs
 import gc
+import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,10 +17,10 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from io import TextIOWrapper
-from typing import NoReturn, final
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, final
 
-from headstart.commands.option_names import in_options
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MOST_LINES, MOST_LETTERS = 10, 1200
 """Of an error: its lines, and of a line its letters. --debug has the rest."""
@@ -94,7 +99,7 @@ def any_encoding() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     codecs.register_error("headstart", _plainly)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="headstart")
 
 
@@ -104,6 +109,53 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
     signs = error.object[error.start : error.end]
     escaped = (_PLAIN.get(sign) or ascii(sign)[1:-1] for sign in signs)
     return "".join(escaped), error.end
+
+
+_SAME_NAME = (
+    *("preset", "steps", "handoff", "base_guidance", "distilled_guidance", "timesteps", "sigmas"),
+    *("update", "embedded_guidance", "ema", "dtype", "vae_dtype", "memory", "packed", "runner"),
+    *("seeds", "negative", "head_dim", "text_head_dim", "batch", "size", "clip_skip", "literal"),
+    *("prediction", "original_size", "target_size", "crop", "plan", "exclamation", "prompt_style"),
+    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview", "device"),
+)
+_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAME} | {
+    "k": "--base-steps",
+    "n": "--base-grid",
+    "mode": "--plan",
+    "style": "--prompt-style",
+    "second": "--second-prompt",
+    "negative_second": "--second-negative",
+}
+"""A keyword of `Engine.load`, `Engine.sample` or `preset`, and the option that sets it."""
+_ROLES = ("base", "distilled")
+_KEYWORD = re.compile(
+    rf"(?<![\w./=,-])(?P<name>{'|'.join(sorted(_OPTIONS, key=len, reverse=True))})="
+    r"(?:'(?P<quoted>[^']*)'|\"(?P<double>[^\"]*)\"|(?P<bare>[\w.+-]*[\w]))?"
+)
+_PYTHON = "Leg("
+"""In a line with a whole plan, which no option is."""
+_TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)| or \1| \1)(?![\w-])")
+_LISTED = re.compile(r"(--[\w-]+ [\w.-]+), (?=--)")
+
+
+def in_options(message: str) -> str:
+    """The message, its keyword arguments spelled as options."""
+    lines = message.split("\n")
+    return "\n".join(line if _PYTHON in line else _in_options(line) for line in lines)
+
+
+def _in_options(line: str) -> str:
+    return _LISTED.sub(r"\1 ", _TWICE.sub(r"\1", _KEYWORD.sub(_option, line)))
+
+
+def _option(found: re.Match[str]) -> str:
+    name, option = found["name"], _OPTIONS[found["name"]]
+    value = next((own for own in found.group("quoted", "double", "bare") if own is not None), "")
+    if name in _ROLES and value:  # `base=cuda:0,distilled=cpu` is typed so
+        return found[0]
+    if value in ("True", "False"):
+        return option if value == "True" else option.replace("--", "--no-", 1)
+    return f"{option} {value}".rstrip()
 
 
 _PRINTED: ContextVar[set[str] | None] = ContextVar("headstart_printed", default=None)
@@ -178,3 +230,70 @@ def fail(message: str, status: int = 2) -> int:
 def _cut(line: str) -> str:
     half = MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]} [...] {line[-half:]}"
+
+
+BAR_AFTER_S = 1.0
+"""A progress bar appears on a terminal once a command has run this long."""
+LINE_AFTER_S, LINES_APART_S = 30.0, 600.0
+"""Without a terminal: the first line; then in twice the time, at most so many seconds apart."""
+
+
+@contextmanager
+def progress(total: int | None, what: str, unit: str = "it") -> Generator[tqdm[Any]]:
+    """A bar of `total` units, or without a total the time that passes."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    counted = "{desc}" if total is None else "{desc} {n_fmt} of {total_fmt}"
+    with (
+        tqdm(
+            total=total,
+            desc=what,
+            delay=BAR_AFTER_S,
+            file=sys.stderr if terminal else io.StringIO(),
+            leave=False,
+            bar_format=None if terminal and total is not None else f"{counted}, {{elapsed}}",
+            unit=unit,
+            unit_scale=unit == "B",
+        ) as bar,
+        _ticking(bar, terminal),
+    ):
+        yield bar
+
+
+@contextmanager
+def _ticking(bar: tqdm[Any], terminal: bool) -> Generator[None]:
+    """Show the bar although nothing moves it: a long step, or weights that load."""
+    done = threading.Event()
+    thread = threading.Thread(target=_tick, args=(bar, terminal, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tick(bar: tqdm[Any], terminal: bool, done: threading.Event) -> None:
+    wait = BAR_AFTER_S if terminal else LINE_AFTER_S
+    while not done.wait(wait):
+        if terminal:
+            bar.refresh()
+        else:
+            tell(f"headstart: {bar}")
+            wait = min(2 * wait, LINES_APART_S)
+
+
+class RowBar(NamedTuple):
+    """What a run tells of its rows, where nothing but their number is shown."""
+
+    bar: tqdm[Any]
+
+    def __call__(self, state: object) -> None:
+        self.rows(1)
+
+    def rows(self, count: int) -> None:
+        """Those of one launch, after it. Behind the last row an image is decoded."""
+        self.bar.update(count)
+        if self.bar.total is not None and self.bar.n >= self.bar.total:
+            self.bar.set_description("decoding")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import REFERENCE, add_features, every
-from headstart.commands.console import note
+from headstart.commands.console import note, progress
 from headstart.commands.parser import Command, add_options
-from headstart.commands.progress import progress
 from headstart.commands.width import answer
 from headstart.errors import counted
 

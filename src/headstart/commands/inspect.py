@@ -13,9 +13,8 @@ from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.commands.arguments import add_allow, every
-from headstart.commands.console import fail
+from headstart.commands.console import fail, progress
 from headstart.commands.parser import Command, add_options
-from headstart.commands.progress import progress
 from headstart.commands.width import answer
 from headstart.errors import AdapterError, CheckpointError
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import Strength
 from headstart.commands.arguments import OVERWRITE, sampling
+from headstart.commands.console import RowBar, progress
 from headstart.commands.parser import Command, add_options
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import adapter_path, open_engine, report
 from headstart.commands.values import output
 from headstart.errors import CheckpointError, InputError, counted

@@ -15,7 +15,7 @@ from headstart.commands.arguments import (
     add_texts,
     sampling,
 )
-from headstart.commands.console import note
+from headstart.commands.console import RowBar, note, progress
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import (
     add_diversify,
@@ -24,7 +24,6 @@ from headstart.commands.plan_options import (
     read_diversify,
 )
 from headstart.commands.planned import compiled
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine, report
 from headstart.commands.values import output, read_size, text_options, worded
 from headstart.errors import InputError, counted

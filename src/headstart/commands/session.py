@@ -14,10 +14,9 @@ import headstart_weights
 from headstart.adapters.strength import parse_adapter
 from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.hub import download_of
-from headstart.commands.console import loading, note, warning
+from headstart.commands.console import loading, note, progress, warning
 from headstart.commands.demo import odd_in
 from headstart.commands.planned import headers_of
-from headstart.commands.progress import progress
 from headstart.commands.values import read_device, read_predictions, read_size, uses_bundled
 from headstart.commands.width import answer
 from headstart.errors import AdapterError, CheckpointError, InputError

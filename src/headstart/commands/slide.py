@@ -8,10 +8,10 @@ from pathlib import Path
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
 from headstart.commands.arguments import add_out, add_prompt, add_reading, sampling
+from headstart.commands.console import RowBar, progress
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import PRESET, add_plans
 from headstart.commands.planned import compiled
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import listed, one_prompt, uses_bundled
 from headstart.commands.width import answer

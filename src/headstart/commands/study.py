@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import REFERENCE, SIZE, add_features, add_reading, sampling
-from headstart.commands.console import note
+from headstart.commands.console import note, progress
 from headstart.commands.parser import LIST, Command, add_options
 from headstart.commands.plan_options import add_diversify
-from headstart.commands.progress import progress
 from headstart.commands.session import adapter_path, open_engine, use_local_device
 from headstart.commands.values import count, listed, numbers, output, read_size, uses_bundled
 from headstart.commands.width import answer

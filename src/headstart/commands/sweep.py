@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headstart.commands.arguments import METADATA, SIZE, add_negative, add_reading, sampling
-from headstart.commands.console import note
+from headstart.commands.console import note, progress
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import (
     add_diversify,
@@ -20,7 +20,6 @@ from headstart.commands.plan_options import (
     read_diversify,
 )
 from headstart.commands.planned import compiled
-from headstart.commands.progress import progress
 from headstart.commands.session import open_engine, use_local_device
 from headstart.commands.values import output, read_size, read_texts
 from headstart.commands.width import answer

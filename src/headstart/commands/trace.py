@@ -15,12 +15,11 @@ from headstart.commands.arguments import (
     add_reading,
     sampling,
 )
-from headstart.commands.console import note
+from headstart.commands.console import note, progress
 from headstart.commands.intervention import Intervention, add_intervention, read_intervention
 from headstart.commands.parser import LIST, Command, add_options
 from headstart.commands.plan_options import PLAN_OPTION, add_plans
 from headstart.commands.planned import compiled
-from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, one_prompt, read_size, read_texts
 from headstart.commands.width import answer

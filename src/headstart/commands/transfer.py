@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import OVERWRITE, every
+from headstart.commands.console import progress
 from headstart.commands.parser import Command, add_options
-from headstart.commands.progress import progress
 from headstart.commands.values import output
 from headstart.commands.width import answer
 from headstart.errors import InputError

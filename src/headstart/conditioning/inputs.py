@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from headstart.by_level import ByLevel, cond_parts
+from headstart.by_level import ByLevel, cond_parts, map_parts
 from headstart.conditioning.texts import reads_sizes
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource
@@ -99,10 +99,9 @@ def read_inputs(
     """
 
     def checked(name: str) -> Cond | None:
-        cond = options.get(name)
-        if isinstance(cond, ByLevel):
-            return cond.map(lambda part: _checked(name, part, text, device, time_ids))
-        return None if cond is None else _checked(name, cond, text, device, time_ids)
+        if (cond := options.get(name)) is None:
+            return None
+        return map_parts(cond, lambda part: _checked(name, part, text, device, time_ids))
 
     cond, uncond, noise = checked("cond"), checked("uncond"), options.get("noise")
     if isinstance(noise, Tensor):

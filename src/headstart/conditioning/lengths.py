@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor
 
-from headstart.by_level import ByLevel, cond_by_row, cond_parts
+from headstart.by_level import cond_by_row, cond_parts, map_parts
 from headstart.conditioning.inputs import Cond
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
@@ -37,14 +37,14 @@ def common_length(lengths: Iterable[int], piece: int) -> int:
 def repeat_to(cond: Cond, tokens: int) -> Cond:
     """Its contexts, repeated until they have so many tokens; one with a mask of its own in `extra`
     stays as it is."""
-    if isinstance(cond, ByLevel):
-        return cond.map(lambda part: repeat_to(part, tokens))
-    times = tokens // cond.context.shape[1]
-    return (
-        cond
-        if times == 1 or cond.extra
-        else replace(cond, context=cond.context.repeat(1, times, 1))
-    )
+
+    def repeat(part: Conditioning) -> Conditioning:
+        times = tokens // part.context.shape[1]
+        if times == 1 or part.extra:
+            return part
+        return replace(part, context=part.context.repeat(1, times, 1))
+
+    return map_parts(cond, repeat)
 
 
 def token_counts(cond: Cond | None) -> list[int]:

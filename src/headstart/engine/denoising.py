@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.by_level import ByLevel
+from headstart.by_level import map_parts
 from headstart.conditioning.inputs import Cond
 from headstart.conditioning.lengths import common_length, repeat_to, token_counts, tokens_of
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
@@ -130,14 +130,11 @@ class DenoisingLoop:
         """The inputs of a run, on the device of its next rows."""
         picture = self.picture
         if device is not None:
-            cond, uncond = _on(cond, device), None if uncond is None else _on(uncond, device)
+            cond = map_parts(cond, lambda part: part.to(device))
+            uncond = None if uncond is None else map_parts(uncond, lambda part: part.to(device))
             resume = None if resume is None else state_to(resume, device)
             picture = None if picture is None else LinearMap(*(t.to(device) for t in picture))
         return {"cond": cond, "uncond": uncond, "resume": resume, "picture": picture}
-
-
-def _on(cond: Cond, device: torch.device) -> Cond:
-    return cond.map(lambda part: part.to(device)) if isinstance(cond, ByLevel) else cond.to(device)
 
 
 def device_of(network: object) -> torch.device | None:
@@ -153,25 +150,15 @@ def encode(weights: Pair, request: Request) -> tuple[Cond, Cond | None]:
     cond = uncond = None
     if inputs.cond is None or (request.guided and inputs.uncond is None):
         cond, uncond = encode_prompts(weights.text, request)
-    cond = cond if inputs.cond is None else _expanded(inputs.cond, request, batch)
-    uncond = uncond if inputs.uncond is None else _expanded(inputs.uncond, request, batch)
-    assert cond is not None
-    if uncond is None:
-        return _with_guidance(weights, cond), None
-    tokens = common_length([*token_counts(cond), *token_counts(uncond)], weights.text.length)
-    cond, uncond = repeat_to(cond, tokens), repeat_to(uncond, tokens)
-    return _with_guidance(weights, cond), _with_guidance(weights, uncond)
-
-
-def _expanded(cond: Cond, request: Request, batch: int) -> Cond:
-    """A caller's conditioning, for all images, with the adapters of the run."""
 
     def expand(part: Conditioning) -> Conditioning:
         return replace(part.expand(batch), adapters=request.adapters)
 
-    return cond.map(expand) if isinstance(cond, ByLevel) else expand(cond)
-
-
-def _with_guidance(weights: Pair, cond: Cond) -> Cond:
-    add = weights.with_guidance
-    return cond.map(add) if isinstance(cond, ByLevel) else add(cond)
+    cond = cond if inputs.cond is None else map_parts(inputs.cond, expand)
+    uncond = uncond if inputs.uncond is None else map_parts(inputs.uncond, expand)
+    assert cond is not None
+    if uncond is None:
+        return map_parts(cond, weights.with_guidance), None
+    tokens = common_length([*token_counts(cond), *token_counts(uncond)], weights.text.length)
+    cond, uncond = repeat_to(cond, tokens), repeat_to(uncond, tokens)
+    return map_parts(cond, weights.with_guidance), map_parts(uncond, weights.with_guidance)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,20 +47,26 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Cond, Cond | None]
         for row, own in zip(request.rows, strengths, strict=True)
     ]
     distinct = list(dict.fromkeys(key for row in keys for key in row))
-    device = next(text.parameters()).device
     own = None if base is None else tuple(row for _, row in distinct)
-    reading = _Reading(*_texts(request, [texts for texts, _ in distinct], each=own is not None))
-    key = (weakref.ref(text), text.exclamation, text.zero_empty_negative, reading.key, own)
+    reading = _texts(request, [texts for texts, _ in distinct], each=own is not None)
+    key = (weakref.ref(text), text.exclamation, text.zero_empty_negative, repr(reading), own)
     cond, uncond = cache.find(
-        (*key, _changes(text, request)), lambda: _encoded(text, request, reading, own)
+        (*key, _changes(text, request)), lambda: _encoded(text, request, *reading, own)
     )
-    cond = replace(cond, adapters=request.adapters)
-    uncond = None if uncond is None else replace(uncond, adapters=request.adapters)
     number = {key: index for index, key in enumerate(distinct)}
     rows = [tuple(number[key] for key in row) for row in keys]
-    starts = [step.sigma for step in request.table]
-    parts = _by_level(rows, starts)
-    return _spread(cond, parts, device), None if uncond is None else _spread(uncond, parts, device)
+    parts = _by_level(rows, [step.sigma for step in request.table])
+
+    def by_image(encoded: Conditioning) -> Cond:
+        """A row for each image."""
+        encoded = replace(encoded, adapters=request.adapters)
+        device = encoded.context.device
+        spread: list[tuple[Level, Conditioning]] = [
+            (level, encoded[torch.tensor(numbers, device=device)]) for level, numbers in parts
+        ]
+        return spread[0][1] if len(spread) == 1 else ByLevel(tuple(spread))
+
+    return by_image(cond), None if uncond is None else by_image(uncond)
 
 
 def check_lengths(text: ClipText, request: Request) -> int:
@@ -107,22 +113,6 @@ def _texts(
     return prompts, [negative for negative, _ in pairs], how
 
 
-class _Reading(NamedTuple):
-    """The arguments of an encoding."""
-
-    prompts: list[str]
-    negatives: list[str | None] | None
-    how: dict[str, Any]
-
-    @property
-    def key(self) -> Hashable:
-        how: list[Hashable] = []
-        for name, value in self.how.items():
-            how += [name, tuple(cast("list[object]", value)) if isinstance(value, list) else value]
-        negatives = None if self.negatives is None else tuple(self.negatives)
-        return tuple(self.prompts), negatives, tuple(how)
-
-
 def _changes(text: ClipText, request: Request) -> Hashable:
     """The adapters' changes of the text encoders, and how often they were written to."""
     adapters = request.adapters
@@ -137,17 +127,21 @@ def _changes(text: ClipText, request: Request) -> Hashable:
 
 
 def _encoded(
-    text: ClipText, request: Request, reading: _Reading, own: Sequence[Sequence[float]] | None
+    text: ClipText,
+    request: Request,
+    prompts: list[str],
+    negatives: list[str | None] | None,
+    how: Mapping[str, Any],
+    strengths: Sequence[Sequence[float]] | None,
 ) -> tuple[Conditioning, Conditioning | None]:
     """Encode each text; with strengths, each negative prompt at those of its image."""
-    prompts, negatives, how = reading
-    device = next(text.parameters()).device
-    strengths = None if own is None else torch.tensor(own, device=device)
-    if negatives is None:
-        with request.adapters.active(strengths):
+    rows = None
+    if strengths is not None:
+        rows = torch.tensor(strengths, device=next(text.parameters()).device)
+        rows = rows if negatives is None else torch.cat((rows, rows))
+    with request.adapters.active(rows):
+        if negatives is None:
             return text.encode(prompts, None, **how), None
-    both = None if strengths is None else torch.cat((strengths, strengths))
-    with request.adapters.active(both):
         return text.encode(prompts, negatives, **how)
 
 
@@ -160,16 +154,6 @@ def _by_level(rows: Sequence[tuple[int, ...]], starts: Sequence[float]) -> list[
             middle = (starts[row - 1] + starts[row]) / 2
             parts.append((middle / (1 + PRINTED), numbers))
     return parts
-
-
-def _spread(
-    encoded: Conditioning, parts: Sequence[tuple[Level, Any]], device: torch.device
-) -> Cond:
-    """One row of `encoded` for each image."""
-    found: list[tuple[Level, Any]] = [
-        (level, encoded[torch.tensor(numbers, device=device)]) for level, numbers in parts
-    ]
-    return found[0][1] if len(found) == 1 else ByLevel(tuple(found))
 
 
 def _row(strengths: Tensor | None, image: int) -> tuple[float, ...]:

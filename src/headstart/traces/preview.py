@@ -132,6 +132,10 @@ class _Slot:
         self.finite = torch.empty(rgb_shape[0], dtype=torch.bool, pin_memory=pin)
 
 
+_Pending = tuple[int, Callable[[], HostPicture]]
+"""A row, and what waits for its picture."""
+
+
 @final
 class Preview:
     """An observer for `on_step`: rgb uint8 of the whole batch to a callback or a queue.
@@ -172,9 +176,7 @@ class Preview:
         self._own = lane
         self._lanes: dict[torch.device, Lane] = {}
         self._slots = threading.BoundedSemaphore(slots)
-        self._pending: queue.SimpleQueue[tuple[int, Callable[[], HostPicture]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._raised: Exception | None = None
         self._reported = 0
