@@ -298,7 +298,7 @@ def test_a_record_with_adapters_replays_and_tells_what_is_missing(
     options = {"age": Strength((2.0, -1.0), below=800)}
     done = engine.sample("a fox", seeds=(1, 2), adapters=options)
     record = done.record()
-    assert record["adapters"]["age"]["to"] == ("distilled",)
+    assert record["adapters"]["age"]["to"] == ["distilled"]
     assert torch.equal(hs.replay(record, engine).rgb, done.rgb)
     engine.detach("age")
     with pytest.raises(hs.InputError, match="adapter:age"):
