@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from headstart.runner.binding import EVERY, Binding
+from headstart.runner.binding import FULL_CHECK, Binding
 
 
 def network() -> Any:
@@ -24,7 +24,7 @@ def test_a_network_that_is_left_alone_holds() -> None:
     bound = Binding([one])
     one[0].weight.data.mul_(2)
     one.load_state_dict(network().state_dict())
-    assert all(bound.is_valid() for _ in range(3 * EVERY)) and bound.is_valid(fully=True)
+    assert all(bound.is_valid() for _ in range(3 * FULL_CHECK)) and bound.is_valid(fully=True)
 
 
 def replaced(one: Any) -> None:
@@ -185,7 +185,7 @@ def test_the_rest_is_noticed_late(change: Callable[[Any], None], cause: str) -> 
     bound = Binding([one])
     change(one)
     if cause == "launches":
-        assert not all(bound.is_valid() for _ in range(EVERY))
+        assert not all(bound.is_valid() for _ in range(FULL_CHECK))
     elif cause == "prepare":
         assert not bound.is_valid(fully=True)
     else:
@@ -225,5 +225,5 @@ def test_a_launch_looks_at_no_table_of_a_module(monkeypatch: pytest.MonkeyPatch)
     fully: list[Binding] = []
     look = Binding._full_state
     monkeypatch.setattr(Binding, "_full_state", lambda own: fully.append(own) or look(own))
-    assert all(bound.is_valid() for _ in range(EVERY - 1)) and not fully
+    assert all(bound.is_valid() for _ in range(FULL_CHECK - 1)) and not fully
     assert bound.is_valid() and bound.is_valid(fully=True) and len(fully) == 2

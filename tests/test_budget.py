@@ -58,8 +58,8 @@ def test_a_decode_that_does_not_fit_whole_is_cut_into_bands() -> None:
     memory = free(16, 0.9)
     assert memory.decode is not None
     assert VALUES.decode_bytes(SHAPE, found.bands) + STATES <= SAFE_SHARE * memory.decode
-    assert found.own_decode == (16, found.bands)
-    assert chunks(SHAPE, VALUES, 1, free(16, 16)).own_decode is None
+    assert found.decode_chunks == (16, found.bands)
+    assert chunks(SHAPE, VALUES, 1, free(16, 16)).decode_chunks is None
 
 
 @pytest.mark.parametrize(

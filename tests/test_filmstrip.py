@@ -11,7 +11,7 @@ from headstart.metrics.metrics import pixel_extractor
 from headstart.pictures.chart import Curve, draw_panel
 from headstart.plan.table import StepTable
 from headstart.traces.filmstrip import draw_filmstrip
-from headstart.traces.strip import Strip, place
+from headstart.traces.strip import Strip, lay_out
 from headstart.traces.structure import feature_space, measure
 from headstart.traces.timeline import ConceptScorer, DecodedRun, watch
 
@@ -69,13 +69,13 @@ def has(sheet: np.ndarray, picture: np.ndarray) -> bool:
 def test_short_plans_stand_under_the_nearest_noise_level_of_the_longest() -> None:
     """4 steps at 999 749 499 249 under columns at 999 866 732 599 432 299 166 32."""
     long, short = strip("base", table("base", 30)), strip("hybrid", table("hybrid"))
-    count, (first, second) = place([long, short], 8)
+    count, (first, second) = lay_out([long, short], 8)
     assert count == 8
     assert first.columns == tuple(range(8))
-    assert [round(long.steps[i].timestep) for i in first.shown] == [
+    assert [round(long.steps[i].timestep) for i in first.indices] == [
         999, 866, 732, 599, 432, 299, 166, 32,
     ]  # fmt: skip
-    assert second.shown == (0, 1, 2, 3)
+    assert second.indices == (0, 1, 2, 3)
     assert second.columns == (0, 2, 4, 5)
 
 
@@ -83,21 +83,21 @@ def test_short_plans_stand_under_the_nearest_noise_level_of_the_longest() -> Non
 @pytest.mark.parametrize("lengths", [(30, 4), (4, 30), (5, 5), (1, 30), (7, 3)])
 def test_columns_rise_and_fit_for_any_lengths(lengths: tuple[int, int], most: int) -> None:
     strips = [strip(str(n), table("base", n)) for n in lengths]
-    count, placed = place(strips, most)
+    count, layouts = lay_out(strips, most)
     assert count == min(most, max(lengths))
-    for one, where in zip(strips, placed, strict=True):
-        assert len(where.shown) == len(where.columns) == min(count, len(one.rows))
-        assert list(where.columns) == sorted(set(where.columns))
-        assert list(where.shown) == sorted(set(where.shown))
-        assert where.columns[-1] < count
-        assert where.shown[-1] == len(one.rows) - 1
+    for one, layout in zip(strips, layouts, strict=True):
+        assert len(layout.indices) == len(layout.columns) == min(count, len(one.rows))
+        assert list(layout.columns) == sorted(set(layout.columns))
+        assert list(layout.indices) == sorted(set(layout.indices))
+        assert layout.columns[-1] < count
+        assert layout.indices[-1] == len(one.rows) - 1
 
 
 def test_a_thinned_plan_still_shows_the_row_of_its_hand_off() -> None:
     one = strip("hybrid", table("hybrid", steps=50, k=9))
-    (where,) = place([one], 6)[1]
+    (layout,) = lay_out([one], 6)[1]
     assert one.joints == (9,)
-    assert 9 in where.shown
+    assert 9 in layout.indices
 
 
 def test_every_shown_picture_and_the_final_ones_are_on_the_sheet() -> None:

@@ -252,7 +252,7 @@ def test_a_preview_of_a_row_is_drawn_on_its_decoders_device(
 
         return SimpleNamespace(begin=begin)
 
-    monkeypatch.setattr(hs.Preview, "_opened", opened)
+    monkeypatch.setattr(hs.Preview, "_lane_on", opened)
     decoder = replace(linear_decoder("sd15"), linear=None, device=other)
     state = hs.State(0, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
     with pytest.warns(UserWarning, match="seen"), hs.Preview(decoder, print) as preview:

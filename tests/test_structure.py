@@ -11,7 +11,7 @@ from headstart import NoiseSchedule, Prediction, preset
 from headstart.errors import InputError
 from headstart.metrics.metrics import Extractor, diversity
 from headstart.metrics.resample import bootstrap_seeds
-from headstart.traces.structure import Measured, Space, feature_space, measure, pixel_space
+from headstart.traces.structure import Measurements, Space, feature_space, measure, pixel_space
 
 
 def first_pixel(rgb: np.ndarray) -> np.ndarray:
@@ -22,7 +22,7 @@ def first_pixel(rgb: np.ndarray) -> np.ndarray:
 SPACE = feature_space(Extractor("corner", first_pixel))
 
 
-def measured(colours: list[list[tuple[int, int, int]]], space: Space = SPACE) -> Measured:
+def measured(colours: list[list[tuple[int, int, int]]], space: Space = SPACE) -> Measurements:
     """[steps][seeds] of one-colour pictures, after a black-and-blue blank."""
     frames = np.array(colours, np.uint8)[:, :, None, None].repeat(2, 2).repeat(2, 3)
     table = preset("turbo").compile(NoiseSchedule.scaled_linear())

@@ -91,11 +91,9 @@ class Batch:
 
     def add(self, run: Run) -> None:
         """Add a run. Raises InputError for one at its end, or that needs an unknown network."""
-        row = run.row
-        if row is None:
+        if run.row is None:
             raise InputError(f"the run of plan {run.table.name!r} is at its end: nothing to add")
-        models = {step.model for step in run.table}
-        if unknown := sorted(models - set(self.denoisers)):
+        if unknown := sorted(set(run.table.models) - set(self.denoisers)):
             raise InputError(
                 f"the run's plan names model(s) {unknown}, but this batch has "
                 f"{sorted(self.denoisers)}: give their networks to Batch too"
@@ -214,8 +212,8 @@ class Batch:
             with torch.no_grad():
                 f = _call_network(self.denoisers[calls[0].model], calls, self._size(calls))
                 self._limit_caches(run for run, _ in group)
-                together = self._joint(f) and is_joint(group)
-                results = advance(group, f) if together else _advance_each(group, f)
+                joint = self._joint(f) and is_joint(group)
+                results = advance(group, f) if joint else _advance_each(group, f)
         except Exception as error:  # each run of the call reports it
             results = [error] * len(group)
         for (run, _), state in zip(group, results, strict=True):
@@ -267,8 +265,8 @@ def _call_network(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor
         cond = Conditioning.cat([cond, *others])
     count = len(x_in)
     if count < size and isinstance(cond, Conditioning):
-        more = torch.arange(size, device=x_in.device).clamp(max=count - 1)
-        x_in, timestep, cond = x_in[more], timestep[more], cond[more]
+        samples = torch.arange(size, device=x_in.device).clamp(max=count - 1)
+        x_in, timestep, cond = x_in[samples], timestep[samples], cond[samples]
     f = cast("object", network(x_in, timestep, cond))
     if not isinstance(f, Tensor) or f.shape != x_in.shape:
         actual = list(f.shape) if isinstance(f, Tensor) else type(f).__name__

@@ -95,10 +95,9 @@ def part_of_rows(levels: Sequence[Level], table: StepTable) -> list[int]:
     slack = [1.0 if level == "handoff" else 1.0 + PRINTED for level in levels]
     limits = [start * factor for start, factor in zip(starts, slack, strict=True)]
     rows = [sum(step.sigma <= limit for limit in limits) - 1 for step in table]
-    if not (table.first or table.cut):
-        for number in range(len(starts)):
-            if number not in rows:
-                raise _unused(number, starts, table)
+    unused = {*range(len(starts))} - {*rows}
+    if unused and not (table.first or table.cut):
+        raise _unused(min(unused), starts, table)
     return rows
 
 
@@ -132,7 +131,7 @@ def _resolved(level: Level, table: StepTable) -> float:
 def _check_falling(levels: Sequence[float]) -> None:
     if any(lower >= higher for higher, lower in pairwise(levels)):
         raise InputError(
-            f"levels must fall from one to the next, got {', '.join(f'{one:g}' for one in levels)}"
+            f"levels must fall from one to the next, got {', '.join(f'{x:g}' for x in levels)}"
         )
 
 

@@ -63,23 +63,21 @@ def prepare_calls(
     calls: list[RowCall] = []
     numbers: list[list[list[float]]] | None = None if strengths is None else strengths.tolist()  # pyright: ignore
     strengths = None if strengths is None else strengths.to(device)
-    for (whole, copies), group in groupby(
+    for (is_whole, copies), group in groupby(
         table.steps, lambda step: (step.timestep.is_integer(), step.passes)
     ):
         steps, count = list(group), copies * batch
-        dtype = torch.int64 if whole else torch.float32
+        dtype = torch.int64 if is_whole else torch.float32
         column = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
         timesteps = column[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
         for timestep in timesteps:
-            cond = conds[len(calls)]
+            cond, row, columns = conds[len(calls)], None, None
             if isinstance(cond, Conditioning):
-                extra = CachedExtra(cond.extra, cache)
                 if strengths is not None and numbers is not None:
                     row = torch.cat([strengths[len(calls)]] * copies)
                     columns = tuple(zip(*numbers[len(calls)] * copies, strict=True))
-                    extra = CachedExtra(cond.extra, cache, row, columns)
                     cond = replace(cond, strengths=row)
-                cond = replace(cond, extra=extra)
+                cond = replace(cond, extra=CachedExtra(cond.extra, cache, row, columns))
             calls.append(RowCall(copies, timestep, cond))
     return calls
 
@@ -140,17 +138,17 @@ def steady_models(table: StepTable, by_row: Mapping[str, Tensor]) -> frozenset[s
     )
 
 
-def row_conds(table: StepTable, done: int, cond: object, uncond: object) -> list[object]:
+def row_conds(table: StepTable, start: int, cond: object, uncond: object) -> list[object]:
     """The conditioning of each row: its cond, or (uncond, cond) together where it is guided.
 
+    start          index of the first row to run; the rows before it need no uncond
     cond, uncond   of all samples: a Conditioning, an object of another type, or a ByLevel of either
-    done           rows before it have run, and need no uncond
     """
     conds, unconds = cond_by_row(cond, table), cond_by_row(uncond, table)
     pairs: dict[tuple[int, int], object] = {}
     rows: list[object] = []
     for index, (step, positive, negative) in enumerate(zip(table, conds, unconds, strict=True)):
-        if step.passes == 1 or index < done:
+        if step.passes == 1 or index < start:
             rows.append(positive)
             continue
         key = id(positive), id(negative)

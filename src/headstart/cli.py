@@ -27,14 +27,13 @@ from headstart.commands.console import (
     tell,
 )
 from headstart.commands.parser import Command, Parser
-from headstart.errors import CheckpointError, HeadstartError
+from headstart.errors import CheckpointError, HeadstartError, first_line
 
 NAMES = (
     *("compare", "sample", "trace", "slide", "sweep", "evaluate", "study", "demo"),
     *("plan", "presets", "inspect", "convert", "transfer", "replay", "bench"),
 )
 """The commands, in the order that `headstart --help` lists them."""
-
 
 _ABOUT = str(headstart.__doc__).partition("\n")[0]
 _START = """start here:
@@ -55,11 +54,11 @@ def build_parser(names: Sequence[str] = NAMES) -> Parser:
     )
     parser.add_completion()
     # With `prog` given, no formatter is made for it, which would import shutil.
-    chosen = parser.add_subparsers(
+    subparsers = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", prog="headstart"
     )
     for command in map(load, names):
-        command.add_to(chosen)
+        command.add_to(subparsers)
     return parser
 
 
@@ -90,12 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 143 if terminated else 130
 
 
-def _run(typed: Sequence[str]) -> int:
-    parser = build_parser([name for name in typed[:1] if name in NAMES] or NAMES)
+def _run(argv: Sequence[str]) -> int:
+    parser = build_parser([name for name in argv[:1] if name in NAMES] or NAMES)
     args = argparse.Namespace(debug=False)
     with plain_warnings():
         try:
-            args, extra = parser.parse_known_args(typed)
+            args, extra = parser.parse_known_args(argv)
             if extra:
                 parser.refuse(args.command, extra)
             status = args.run(args)
@@ -108,10 +107,9 @@ def _run(typed: Sequence[str]) -> int:
         except HeadstartError as error:
             if args.debug:
                 raise
-            more = " (--debug lists every one)" if hasattr(error, "__notes__") else ""
-            return fail(f"{error}{more}", 1 if isinstance(error, CheckpointError) else 2)
+            hint = " (--debug lists every one)" if hasattr(error, "__notes__") else ""
+            return fail(f"{error}{hint}", 1 if isinstance(error, CheckpointError) else 2)
         except (OSError, MemoryError, RuntimeError) as error:
             if args.debug:
                 raise
-            message = str(error).strip() or type(error).__name__
-            return fail(f"{message.splitlines()[0]} (--debug shows where)")
+            return fail(f"{first_line(error)} (--debug shows where)")

@@ -29,25 +29,25 @@ _NAMES: Mapping[object, str] = {
 }
 
 
-def read_json(path: Path, what: str, shape: Shape = object) -> Any:
-    """The JSON in a file. Raises InputError for other content; `what` names the expected one."""
+def read_json(path: Path, expected: str, shape: Shape = object) -> Any:
+    """The JSON in a file. Raises InputError for other content; `expected` is its name."""
     try:
         value = loads(path.read_bytes())
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"cannot read {str(path)!r}: {reason}: expected {what}") from error
+        raise InputError(f"cannot read {str(path)!r}: {reason}: expected {expected}") from error
     except ValueError as error:
         raise InputError(
-            f"{str(path)!r} is damaged, or not JSON ({error!s:.200}): expected {what}"
+            f"{str(path)!r} is damaged, or not JSON ({error!s:.200}): expected {expected}"
         ) from error
-    check_shape(value, shape, str(path), what)
+    check_shape(value, shape, str(path), expected)
     return value
 
 
-def check_shape(value: object, shape: Shape, source: str, what: str) -> None:
+def check_shape(value: object, shape: Shape, source: str, expected: str) -> None:
     """Raise InputError with the first difference unless `value` has the shape."""
     if (problem := misfit(value, shape)) is not None:
-        raise InputError(f"{source!r} is damaged, or not {what}: {problem}")
+        raise InputError(f"{source!r} is damaged, or not {expected}: {problem}")
 
 
 def loads(text: bytes) -> object:
@@ -66,7 +66,7 @@ def loads(text: bytes) -> object:
 def misfit(value: object, shape: Shape, where: str = "it") -> str | None:
     """The first difference between `value` and `shape`, as a clause; None if there is none."""
     if isinstance(shape, tuple):
-        problems = [misfit(value, one, where) for one in cast("tuple[Shape, ...]", shape)]
+        problems = [misfit(value, option, where) for option in cast("tuple[Shape, ...]", shape)]
         return None if None in problems else problems[-1]
     if isinstance(shape, list):
         if not isinstance(value, list | tuple):

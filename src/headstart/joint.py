@@ -67,18 +67,15 @@ def _halves(f: Tensor, group: Group, counts: Sequence[int]) -> tuple[Tensor | No
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """The parts in one tensor: without a copy if the joint step before had the same runs."""
-    first = parts[0]
-    base = first._base
-    sizes = [len(part) for part in parts]
-    starts = [0, *accumulate(sizes)]
-    if base is None or not base.is_contiguous() or base.shape != (starts[-1], *first.shape[1:]):
-        return torch.cat(list(parts))
-    step = base.stride(0)
-    if all(
-        part._base is base
-        and part.is_contiguous()  # a transposed part has the same storage offset
-        and part.storage_offset() == base.storage_offset() + start * step
-        for part, start in zip(parts, starts, strict=False)
-    ):
-        return base
+    base, starts = parts[0]._base, [0, *accumulate(map(len, parts))]
+    shape = (starts[-1], *parts[0].shape[1:])
+    if base is not None and base.is_contiguous() and base.shape == shape:
+        offsets = (base.storage_offset() + start * base.stride(0) for start in starts)
+        if all(
+            part._base is base
+            and part.is_contiguous()  # a transposed part has the same storage offset
+            and part.storage_offset() == offset
+            for part, offset in zip(parts, offsets, strict=False)
+        ):
+            return base
     return torch.cat(list(parts))

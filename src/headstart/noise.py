@@ -92,9 +92,9 @@ class Philox:
         return self._keys_on[device]
 
     def _check_distinct(self) -> None:
-        seen: dict[tuple[int, int], int] = {}
+        image_of: dict[tuple[int, int], int] = {}
         for image, pair in enumerate(zip(self.seeds, self.samples, strict=True)):
-            first = seen.setdefault(pair, image)
+            first = image_of.setdefault(pair, image)
             if first != image:
                 raise InputError(
                     f"images {first} and {image} have the same seed {pair[0]} and sample "
@@ -151,9 +151,9 @@ class Given:
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
         noise = self.steps[index] if index < len(self.steps) else None
         if noise is None:
-            have = [row for row, tensor in enumerate(self.steps) if tensor is not None]
+            rows = [row for row, tensor in enumerate(self.steps) if tensor is not None]
             raise InputError(
-                f"row {index} adds noise, but steps has a tensor only for rows {have}: give "
+                f"row {index} adds noise, but steps has a tensor only for rows {rows}: give "
                 f"steps[{index}] as {list(self.initial_noise.shape)}"
             )
         return self._draw(noise, shape, device)

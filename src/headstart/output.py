@@ -18,10 +18,10 @@ PNG, RECORD, GRID = ".png", "record.json", "grid.png"
 """What a run's folder holds: NNNNNN.png for each image, its record, and all images on one sheet."""
 
 _OTHERS = {"sweep.json": "a sweep", "study.json": "a study"}
-"""What a folder has that other commands write into, again and again."""
+"""A file of a folder into which another command writes, again and again -> its name."""
 
 _OTHER_IMAGES = frozenset((".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-"""Endings by which a file is meant, of formats that a run is not written in."""
+"""Endings of image formats in which no run is written."""
 
 
 def numbered(image: int) -> str:
@@ -47,16 +47,16 @@ def check_run(
                 f"{str(path)!r} is the folder of {_OTHERS[others[0]]}, which {others[0]} says: "
                 "choose another --out"
             )
-        there = [name for name in (RECORD, numbered(0)) if (path / name).exists()]
-        if there and not overwrite:
+        existing = [name for name in (RECORD, numbered(0)) if (path / name).exists()]
+        if existing and not overwrite:
             raise InputError(
-                f"{str(path)!r} holds a run already, {there[0]}: choose another --out, or give "
+                f"{str(path)!r} holds a run already, {existing[0]}: choose another --out, or give "
                 "--overwrite (in Python overwrite=True)"
             )
         return
     if images > 1 or grid:
-        what = f"{images} images" if images > 1 else "an image and its grid"
-        raise InputError(f"{str(path)!r} is one file, and this is {what}: give a folder")
+        content = f"{images} images" if images > 1 else "an image and its grid"
+        raise InputError(f"{str(path)!r} is one file, and this is {content}: give a folder")
     if path.exists() and not (overwrite and path.is_file()):
         raise InputError(
             f"{str(path)!r} exists: choose another --out, or give --overwrite (in Python "

@@ -27,7 +27,7 @@ from headstart.interfaces import Conditioning, NoiseSource
 from headstart.noise import Given, keys_of
 from headstart.plan.table import Step, StepTable
 from headstart.prompt_cache import PromptCache
-from headstart.state import State, check_state, rows_done
+from headstart.state import State, check_state, start_index
 from headstart_kernels import Draw, LinearMap, Preview, Rows, Steps, scale_input
 
 
@@ -74,8 +74,7 @@ class Run:
         device: torch.device | str | None = None,
     ) -> None:
         fork.check_threads()
-        done = rows_done(table, resume)
-        batch = len(noise)
+        self._index, batch = start_index(table, resume), len(noise)
         cond = expand_cond(cond, batch)
         first = cond_parts(cond)[0]
         if isinstance(first, Conditioning):
@@ -85,7 +84,7 @@ class Run:
             device = device or ("cpu" if resume is None else resume.x.device)
             device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         strengths = checked_strengths(strengths, table, cond, batch)
-        conds = row_conds(table, done, cond, uncond)
+        conds = row_conds(table, self._index, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
         self.picture = _checked_picture(picture, latent, device)
         self.table, self.noise, self.latent, self.device = table, noise, latent, device
@@ -99,7 +98,6 @@ class Run:
         if resume is not None:
             check_state(resume, (batch, *latent), device)
         self._state = resume
-        self._index = 0 if resume is None else resume.step + 1 - table.first
         # The next network input, written by the step before; valid while nobody writes to x.
         self._x_in: Tensor | None = None
         self._version = 0
@@ -121,8 +119,7 @@ class Run:
         """The table's rows on the device, and the keys of noise that the steps draw themselves."""
         rows = Rows(torch.tensor(self.table.coefficients()))
         self._steps = Steps(rows, (len(self.noise), *self.latent), self.device)
-        keys = keys_of(self.noise)
-        if keys is not None:
+        if (keys := keys_of(self.noise)) is not None:
             self._draw = keys.draw(self.table.first, self.device)
         return self._steps
 
@@ -164,7 +161,7 @@ class Run:
         infinity (see `check`); then the run stays where it was.
         """
         if self._index >= len(self._calls):
-            raise self._ended()
+            raise self._end_error()
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self._step(f)
@@ -210,8 +207,7 @@ class Run:
         """Seeds and samples of keyed noise, int64 [B] on the run's device."""
         keys = keys_of(self.noise)
         assert keys is not None
-        draw = keys.draw(self.table.first, self.device)
-        return draw.seeds, draw.samples
+        return keys.draw(self.table.first, self.device)[:2]
 
     def coefficients(self) -> Tensor:
         """The table's rows on the run's device, float32 [N, 8]."""
@@ -219,7 +215,7 @@ class Run:
             self._coefficients = torch.tensor(self.table.coefficients()).to(self.device)
         return self._coefficients
 
-    def _ended(self) -> InputError:
+    def _end_error(self) -> InputError:
         return InputError(
             f"this run of plan {self.table.name!r} is at its end: its `call` is None, and `state` "
             "is its last"
@@ -232,7 +228,7 @@ class Run:
         """
         step, x = self.row, self.state.x
         if step is None:
-            raise self._ended()
+            raise self._end_error()
         if len(x0) == 2 * len(x):
             x = torch.cat((x, x))
         with torch.no_grad():

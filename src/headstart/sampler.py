@@ -145,10 +145,9 @@ def _check_models(
     table: StepTable, resume: State | None, denoisers: Mapping[str, Denoiser], no_strengths: bool
 ) -> None:
     """Raise InputError unless the rows left to run have their networks and strengths."""
-    done = 0 if resume is None else max(0, resume.step + 1 - table.first)
-    steps = table.steps[done:]
-    unknown = sorted({step.model for step in steps} - set(denoisers))
-    if unknown:
+    start = 0 if resume is None else max(0, resume.step + 1 - table.first)
+    steps = table.steps[start:]
+    if unknown := sorted({step.model for step in steps} - set(denoisers)):
         raise InputError(
             f"the plan names model(s) {unknown}, but denoisers has {sorted(denoisers)}: add the "
             "missing network, or give the plan's legs the names it has"

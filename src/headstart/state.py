@@ -51,8 +51,8 @@ def from_latent(table: StepTable, x: Tensor, sigma: float) -> State:
     return State(table.first + row - 1, x, x)
 
 
-def rows_done(table: StepTable, resume: State | None) -> int:
-    """How many rows of the table come before the next row of `resume`."""
+def start_index(table: StepTable, resume: State | None) -> int:
+    """The index in the table of the first row to run."""
     if resume is None:
         if table.first:
             raise InputError(
@@ -65,13 +65,13 @@ def rows_done(table: StepTable, resume: State | None) -> int:
             f"resume: expected a headstart.State, got {type(resume).__name__}; of a latent of your "
             "own headstart.from_latent(table, x, sigma) makes one"
         )
-    done = resume.step + 1 - table.first
-    if not 0 <= done <= len(table):
+    index = resume.step + 1 - table.first
+    if not 0 <= index <= len(table):
         raise InputError(
             f"resume is a State of row {resume.step}, but the table has rows {table.first} to "
             f"{table.first + len(table) - 1}: give the State of one of these, or of the row before"
         )
-    return done
+    return index
 
 
 def check_state(state: State, shape: tuple[int, ...], device: torch.device) -> None:

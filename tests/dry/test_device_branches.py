@@ -205,7 +205,7 @@ TAKEN = {
     "headstart/runner/runner.py EagerRunner.__call__": "adapts",
     "headstart/runner/trajectory_body.py _to_device": "launches",
     "headstart/traces/preview.py Preview.picture": "samples",
-    "headstart/traces/preview.py Preview._opened": "samples",
+    "headstart/traces/preview.py Preview._lane_on": "samples",
     "headstart_kernels/dispatch.py choose": "computes",
     "headstart_kernels/observers.py stands_in": "computes",
     "headstart_kernels/dispatch.py _require_triton": "computes",

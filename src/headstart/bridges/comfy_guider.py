@@ -90,12 +90,11 @@ class Guider:
         part = self._part([float(sigma) for sigma in sigmas.cpu()])
         noise_seed = sampler.noise_seed
         rows = _Rows(self, part, (seed or 0) if noise_seed is None else noise_seed)
-        latents = latent_image
+        settings, latents = (denoise_mask, callback, disable_pbar, seed), latent_image
         for model, steps in groupby(part, lambda step: step.model):
             guider = samplers.CFGGuider(self.models[model])
             guider.inner_set_conds(self.conds)
             rows.count = len(list(steps))
-            settings = (denoise_mask, callback, disable_pbar, seed)
             latents = guider.sample(noise, latent_image, rows, sigmas, *settings)
         return latents
 
@@ -169,16 +168,11 @@ class _Rows:
         For the later part of a split run that restores the state after the part before.
         """
         part, batch = self.part, len(noise)
-        empty = not bool(latent_image.count_nonzero())
-        scale = part.init_scale if empty else part[0].sigma
+        scale = part[0].sigma if latent_image.any() else part.init_scale
         x = latent_image.float() + scale * noise.float()
-        table = for_x0(part, self.guider.flow)
-        return Run(
-            table,
-            self.guider.conds,
-            Philox((self.seed,) * batch, samples=range(batch)),
-            resume=State(part.first - 1, x, x),
-        )
+        keys = Philox((self.seed,) * batch, samples=range(batch))
+        table, resume = for_x0(part, self.guider.flow), State(part.first - 1, x, x)
+        return Run(table, self.guider.conds, keys, resume=resume)
 
     def _latents(self, run: Run, latent_image: Tensor, denoise_mask: Tensor | None) -> Tensor:
         x = run.state.x

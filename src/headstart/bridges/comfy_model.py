@@ -42,14 +42,15 @@ def inspect_model(name: str, model: Any) -> ModelInfo:
     """
     sampling = model.get_model_object("model_sampling")
     levels: Tensor = sampling.sigmas.double().cpu()
-    probes = [_scalings(sampling, float(levels[index])) for index in (len(levels) // 4, -1)]
-    if all(agree(scalings, (1.0, 1.0, -sigma)) for sigma, scalings in probes):
+    sigmas = [float(levels[index]) for index in (len(levels) // 4, -1)]
+    probes = [(sigma, _scalings(sampling, sigma)) for sigma in sigmas]
+    if all(agree(probe, (1.0, 1.0, -sigma)) for sigma, probe in probes):
         middle = float(levels[len(levels) // 2 - 1])  # u = 1/2, so t = shift/(1 + shift)
         return ModelInfo(FlowSchedule(middle / (1.0 - middle)), Prediction.FLOW)
     width = float(getattr(sampling, "sigma_data", 1.0))
     if (process := _process(sampling, levels, width)) is not None:
         for prediction in _PREDICTIONS[type(process)]:
-            if all(agree(own, prediction.scalings(sigma, width)) for sigma, own in probes):
+            if all(agree(probe, prediction.scalings(sigma, width)) for sigma, probe in probes):
                 return ModelInfo(process, prediction)
     parents = ", ".join(base.__name__ for base in type(sampling).__mro__[1:4])
     raise InputError(
@@ -75,14 +76,14 @@ def _process(sampling: Any, levels: Tensor, width: float) -> Process | None:
     return None
 
 
-def _scalings(sampling: Any, level: float) -> tuple[float, tuple[float, float, float]]:
-    """The level, and c_in, c_skip and c_out there, from x = 1 and F = 1."""
+def _scalings(sampling: Any, level: float) -> tuple[float, float, float]:
+    """c_in, c_skip and c_out at a level, from x = 1 and F = 1."""
     sigma = torch.tensor([level], dtype=torch.float64)
-    one = torch.ones((1, 1, 1, 1), dtype=torch.float64)
-    return level, (
-        float(sampling.calculate_input(sigma, one)),
-        float(sampling.calculate_denoised(sigma, 0.0 * one, one)),
-        float(sampling.calculate_denoised(sigma, one, 0.0 * one)),
+    ones = torch.ones((1, 1, 1, 1), dtype=torch.float64)
+    return (
+        float(sampling.calculate_input(sigma, ones)),
+        float(sampling.calculate_denoised(sigma, 0.0 * ones, ones)),
+        float(sampling.calculate_denoised(sigma, ones, 0.0 * ones)),
     )
 
 

@@ -65,8 +65,8 @@ class HeadstartPlan:
             },
             "optional": {
                 "toml": ("STRING", {"default": "", "multiline": True, "tooltip": _TOML}),
-                "base": ("MODEL", {"tooltip": _OWN}),
-                "distilled": ("MODEL", {"tooltip": _OWN}),
+                "base": ("MODEL", {"tooltip": _MODEL}),
+                "distilled": ("MODEL", {"tooltip": _MODEL}),
             },
         }
 
@@ -82,8 +82,8 @@ class HeadstartPlan:
     ) -> tuple[CompiledPlan, Tensor, str]:
         plan = _plan(preset, mode, toml, {name: value for name, value in settings.items() if value})
         pair = CUSTOM if toml.strip() else PAIRS[preset]
-        predictions = pair.predictions
-        defaults = {name: ModelInfo(own, predictions[name]) for name, own in pair.schedules.items()}
+        schedules, predictions = pair.schedules, pair.predictions
+        defaults = {name: ModelInfo(schedules[name], predictions[name]) for name in MODELS}
         compiled = compile_plan(plan, defaults, {"base": base, "distilled": distilled})
         rows = max(1, round(denoise * len(compiled.table)))
         levels = levels_of(compiled.table, compiled.flow)[-rows - 1 :]
@@ -93,7 +93,7 @@ class HeadstartPlan:
 _TOML = (
     "a plan written down ([[leg]] tables with model, steps, guidance ...) in place of the preset"
 )
-_OWN = "for models with a noise schedule of their own (v-prediction, zero terminal SNR, EDM)"
+_MODEL = "for models with a noise schedule of their own (v-prediction, zero terminal SNR, EDM)"
 
 
 def _count(tooltip: str) -> tuple[str, dict[str, Any]]:
@@ -111,16 +111,16 @@ def _plan(name: str, mode: str, toml: str, settings: Mapping[str, Any]) -> Plan:
                 f"a plan in TOML states its own {', '.join(settings)}: set them to 0, or empty toml"
             )
         plan = plan_of_toml(toml, "toml")
-        unknown = sorted({leg.model for leg in plan.legs} - {*MODELS})
-        if unknown:
+        if unknown := sorted({leg.model for leg in plan.legs} - {*MODELS}):
             raise PlanError(f"toml: models here are 'base' and 'distilled', not {unknown}")
     else:
         plan = preset(name, mode=mode, **settings)  # pyright: ignore[reportArgumentType]
         prediction = PAIRS[name].distilled_prediction  # in no file, so unknown to ComfyUI
         if prediction is not None:
-            legs = (
-                replace(g, prediction=prediction) if g.model == MODELS[1] else g for g in plan.legs
-            )
+            legs = [
+                replace(leg, prediction=prediction) if leg.model == "distilled" else leg
+                for leg in plan.legs
+            ]
             plan = replace(plan, legs=tuple(legs))
     if any(leg.adapters for leg in plan.legs):
         raise PlanError("a plan's adapters are no part of a MODEL: load them with LoraLoader")

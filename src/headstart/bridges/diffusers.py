@@ -60,7 +60,7 @@ def _flux(model: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor
     image_ids[..., 1] = torch.arange(rows, device=x.device)[:, None]
     image_ids[..., 2] = torch.arange(columns, device=x.device)
     f = model(
-        hidden_states=_packed(x),
+        hidden_states=_to_tokens(x),
         encoder_hidden_states=cond.context,
         pooled_projections=_required(model, cond, "pooled"),
         timestep=timestep / 1000,
@@ -69,28 +69,27 @@ def _flux(model: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor
         guidance=_required(model, cond, GUIDANCE) if model.config.guidance_embeds else None,
         return_dict=False,
     )[0]
-    return _unpacked(f, rows)
+    return _to_latents(f, rows)
 
 
 def _qwen(model: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     rows, columns = x.shape[2] // 2, x.shape[3] // 2
     f = model(
-        hidden_states=_packed(x),
+        hidden_states=_to_tokens(x),
         encoder_hidden_states=cond.context,
         encoder_hidden_states_mask=cond.extra.get(MASK),
         timestep=timestep / 1000,
         img_shapes=[[(1, rows, columns)]] * len(x),
         return_dict=False,
     )[0]
-    return _unpacked(f, rows)
+    return _to_latents(f, rows)
 
 
 def _z_image(model: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     """Its time runs from noise to the picture, and it predicts x0 - eps."""
-    mask = cond.extra.get(MASK)
     texts = list(cond.context)
-    if mask is not None:
-        texts = [text[own] for text, own in zip(texts, mask.bool(), strict=True)]
+    if (mask := cond.extra.get(MASK)) is not None:
+        texts = [text[tokens] for text, tokens in zip(texts, mask.bool(), strict=True)]
     f = model(list(x.unsqueeze(2)), (1000 - timestep) / 1000, texts, return_dict=False)[0]
     return -torch.stack(f).squeeze(2)
 
@@ -170,8 +169,8 @@ class DiffusersDenoiser(nn.Module):
             )
         timestep = timestep.expand(len(x_in))
         if len(x_in) > 1 and cond.strengths is not None and self._has_hooks(family.joined):
-            one = [slice(n, n + 1) for n in range(len(x_in))]  # strengths differ by sample
-            return torch.cat([self(x_in[n], timestep[n], cond[n]) for n in one])
+            samples = [slice(n, n + 1) for n in range(len(x_in))]  # strengths differ by sample
+            return torch.cat([self(x_in[n], timestep[n], cond[n]) for n in samples])
         cond = cond.to(cond.context.device, x_in.dtype)
         x_in = self._with_channels(x_in, cond, family.packs)
         return family.call(self.model, x_in, timestep, cond)
@@ -198,18 +197,18 @@ class DiffusersDenoiser(nn.Module):
 
     def _with_channels(self, x_in: Tensor, cond: Conditioning, packs: int) -> Tensor:
         """x_in followed by the channels that inpainting and image-to-video networks read."""
-        takes = cast("Any", self.model).config.in_channels // packs
-        missing = takes - x_in.shape[1]
+        channels = cast("Any", self.model).config.in_channels // packs
+        missing = channels - x_in.shape[1]
         if not missing:
             return x_in
-        more = cond.extra.get(CHANNELS)
-        if more is None or more.shape[1] != missing:
+        condition = cond.extra.get(CHANNELS)
+        if condition is None or condition.shape[1] != missing:
             raise InputError(
-                f"{self.class_name} takes {takes} channels, and these latents have "
+                f"{self.class_name} takes {channels} channels, and these latents have "
                 f"{x_in.shape[1]}: give latents of its own VAE, and for inpainting or image-to-"
                 f"video the channels after them as extra={{{CHANNELS!r}: [B, C, ...]}}"
             )
-        return torch.cat((x_in, more), 1)
+        return torch.cat((x_in, condition), 1)
 
 
 def denoiser(model: nn.Module) -> DiffusersDenoiser:
@@ -239,8 +238,8 @@ def denoiser(model: nn.Module) -> DiffusersDenoiser:
             f"of {', '.join(_FAMILIES)}, such as pipe.unet or pipe.transformer; any other callable "
             "(x_in, timestep, cond) -> F is a denoiser as it is"
         )
-    for name, known in _SUPPORTED.items():
-        if (value := inner.config.get(name)) not in known:
+    for name, values in _SUPPORTED.items():
+        if (value := inner.config.get(name)) not in values:
             raise InputError(
                 f"{class_name} has {name}={value!r}, which needs what no Conditioning has: write a "
                 "denoiser (x_in, timestep, cond) -> F for it"
@@ -308,9 +307,9 @@ def _required(model: Any, cond: Conditioning, name: str) -> Tensor:
     return value
 
 
-def _packed(z: Tensor) -> Tensor:
+def _to_tokens(z: Tensor) -> Tensor:
     return rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 
-def _unpacked(tokens: Tensor, rows: int) -> Tensor:
+def _to_latents(tokens: Tensor, rows: int) -> Tensor:
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)

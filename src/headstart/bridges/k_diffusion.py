@@ -73,8 +73,7 @@ def sample_plan(
         raise InputError(f"x: expected float latents [B, ...], got {x.dtype} {list(x.shape)}")
     _check_rows(table)
     models = _models_of(model, table)
-    # D returns x0 itself.
-    steps = tuple(step._replace(c_skip=0.0, c_out=1.0) for step in table)
+    steps = tuple(step._replace(c_skip=0.0, c_out=1.0) for step in table)  # D returns x0 itself
     table = replace(table, steps=steps)
     level = table[0].sigma if sigmas is None else float(sigmas[0])
     start = from_latent(table, x.detach().float(), level)
@@ -147,8 +146,7 @@ def _models_of(model: D | Mapping[str, D], table: StepTable) -> Mapping[str, D]:
     if not isinstance(model, Mapping):
         return dict.fromkeys(table.models, model)
     models = cast("Mapping[str, D]", model)
-    missing = [name for name in table.models if name not in models]
-    if missing:
+    if missing := [name for name in table.models if name not in models]:
         raise InputError(
             f"the rows name model(s) {missing}, and model has {sorted(models)}: give a D for each, "
             "or one D for all; with several models give table="
@@ -196,10 +194,10 @@ class KDenoiser:
         cond = cond.expand(batch)
         x_in = (c_in * x).to(getattr(self.network, "dtype", cond.context.dtype))
         if _guided(guidance, uncond) and uncond is not None:
-            both = Conditioning.cat((uncond.expand(batch), cond))
-            f = self.network(torch.cat((x_in, x_in)), timestep.repeat(2), both).to(wide)
-            without, f = f.chunk(2)
-            f = without + guidance * (f - without)
+            conds = Conditioning.cat((uncond.expand(batch), cond))
+            f = self.network(torch.cat((x_in, x_in)), timestep.repeat(2), conds).to(wide)
+            f_uncond, f_cond = f.chunk(2)
+            f = f_uncond + guidance * (f_cond - f_uncond)
         else:
             f = self.network(x_in, timestep, cond)
         return (c_skip * x + c_out * f).to(x.dtype)
@@ -254,12 +252,12 @@ class KDenoiser:
 
     def _timesteps(self, levels: FloatArray, quantize: bool, device: torch.device) -> Tensor:
         low, high = self.schedule.lowest[1], self.schedule.highest[1]
-        inside = levels.clip(low, high)
-        near = abs(levels - inside) <= PRINTED * inside  # an end with three digits is the end
-        times = self.schedule.timestep(np.where(near, inside, levels), "log")
+        clipped = levels.clip(low, high)
+        near = abs(levels - clipped) <= PRINTED * clipped  # an end with three digits is the end
+        times = self.schedule.timestep(np.where(near, clipped, levels), "log")
         times = np.asarray(times.round() if quantize else times, dtype=np.float32)
-        whole = isinstance(self.schedule, NoiseSchedule) and bool((times == times.round()).all())
-        return torch.tensor(times, dtype=torch.int64 if whole else torch.float32, device=device)
+        is_whole = isinstance(self.schedule, NoiseSchedule) and (times == times.round()).all()
+        return torch.tensor(times, dtype=torch.int64 if is_whole else torch.float32, device=device)
 
 
 def denoiser(

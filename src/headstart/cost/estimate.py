@@ -30,7 +30,7 @@ GRAPH_US = 1.0
 Graphs", NVIDIA developer blog, 2019), where kernels did not wait for each other's memory."""
 _NAME = 24
 """Characters of a stage's name, such as "distilled prompt of 16"."""
-_OURS = frozenset(
+_TRITON_KERNELS = frozenset(
     {"groupnorm_silu", "add_layernorm", "geglu", "low_rank_add", "fused_step_into", "scale_input"}
     | {"philox_normal", "decode_u8", "preview_rgb"}
 )
@@ -113,8 +113,10 @@ class Estimate:
             "graph_ms": self.graph_ms,
             "floor_ms": self.total.floor_ms,
             "kinds": {
-                stage: {k.value: {**_tally_json(t), "device_ms": ms} for k, (t, ms) in own.items()}
-                for stage, own in self.kinds.items()
+                stage: {
+                    k.value: {**_tally_json(t), "device_ms": ms} for k, (t, ms) in tallies.items()
+                }
+                for stage, tallies in self.kinds.items()
             },
         }
 
@@ -129,9 +131,8 @@ class Estimate:
         columns = f"{'stage':<{_NAME}}{'times':>6}{'TFLOP':>12}{'GB':>10}{'launches':>10}"
         columns += "".join(f"{name:>11}" for name in ("device ms", "floor ms", "eager ms"))
         columns += f"{'graph ms':>10}{'share':>7}"
-        whole = self.total.device_ms
-        lines = [_text(line, whole) for line in (*self.lines, self.total)]
-        floor = self.total.floor_ms
+        total, floor = self.total, self.total.floor_ms
+        lines = [_text(line, total.device_ms) for line in (*self.lines, total)]
         run = (
             f"a run: {self.graph_ms:.1f} ms as graphs, {self.eager_ms:.1f} ms eager, floor "
             f"{floor:.1f} ms: {self.graph_ms / floor:.2f} times the floor"
@@ -140,14 +141,14 @@ class Estimate:
 
     def _kinds(self) -> list[str]:
         """Where one of each stage's passes goes; those that are alike in one line."""
-        alike: dict[str, list[str]] = {}
-        for stage, own in self.kinds.items():
+        stages_of_text: dict[str, list[str]] = {}
+        for stage, tallies in self.kinds.items():
             parts = (
                 f"{kind.value} {tally.operators} ({ms:.2f} ms)"
-                for kind, (tally, ms) in sorted(own.items(), key=lambda item: -item[1][1])
+                for kind, (tally, ms) in sorted(tallies.items(), key=lambda item: -item[1][1])
             )
-            alike.setdefault(", ".join(parts), []).append(f"one {stage}")
-        return [f"{', '.join(stages)}: {parts}" for parts, stages in alike.items()]
+            stages_of_text.setdefault(", ".join(parts), []).append(f"one {stage}")
+        return [f"{', '.join(stages)}: {text}" for text, stages in stages_of_text.items()]
 
 
 def estimate(
@@ -169,27 +170,27 @@ def estimate(
     vae_dtype = vae_dtype or decode_dtype(card, dtype)
     peak_of(card, dtype, Kind.GEMM)
     peak_of(card, vae_dtype, Kind.CONV)
-    own: dict[str, Any] = {"pixels": pixels, "batch": batch, "chunks": chunks}
-    stages = stages_of(models, table, **own, dtype=dtype, vae_dtype=vae_dtype)
-    first = next(iter(models.values()))
-    kinds: dict[str, Mapping[Kind, tuple[Tally, float]]] = {}
-    for stage in stages:
-        if stage.rows:
-            kinds[stage.name] = {
-                kind: (tally, device_ms((o for o in stage.operators if o.kind is kind), card))
-                for kind, tally in by_kind(stage.operators).items()
-            }
+    stages = stages_of(
+        models, table, pixels=pixels, batch=batch, chunks=chunks, dtype=dtype, vae_dtype=vae_dtype
+    )
     return Estimate(
         card=card,
-        family=first.family.name,
+        family=next(iter(models.values())).family.name,
         plan=table.name,
         pixels=pixels,
         batch=batch,
         dtype=dtype,
         decode_dtype=vae_dtype,
         lines=tuple(_line(stage, card) for stage in stages),
-        kinds=kinds,
+        kinds={stage.name: _kinds_of(stage, card) for stage in stages if stage.rows},
     )
+
+
+def _kinds_of(stage: Stage, card: Card) -> dict[Kind, tuple[Tally, float]]:
+    return {
+        kind: (tally, device_ms((o for o in stage.operators if o.kind is kind), card))
+        for kind, tally in by_kind(stage.operators).items()
+    }
 
 
 def decode_dtype(card: Card, dtype: torch.dtype) -> torch.dtype:
@@ -201,13 +202,14 @@ def decode_dtype(card: Card, dtype: torch.dtype) -> torch.dtype:
 
 def device_ms(operators: Iterable[Operator], card: Card) -> float:
     """Every operator at the higher of its roofs, one after the other."""
-    return sum(_roof_ms(own, own.moved, card) for own in operators)
+    return sum(_roof_ms(operator, operator.moved, card) for operator in operators)
 
 
 def floor_ms(operators: Iterable[Operator], card: Card) -> float:
     """Products, convolutions and attentions alone, each operand read and each result written once:
     what stays however well the rest is fused."""
-    return sum(_roof_ms(own, own.least, card) for own in operators if own.kind.heavy)
+    heavy = (operator for operator in operators if operator.kind.heavy)
+    return sum(_roof_ms(operator, operator.least, card) for operator in heavy)
 
 
 def peak_of(card: Card, dtype: torch.dtype, kind: Kind) -> float:
@@ -227,33 +229,36 @@ def peak_of(card: Card, dtype: torch.dtype, kind: Kind) -> float:
     return card.tf32 if kind is Kind.CONV and card.tf32 is not None else card.float32
 
 
-def _roof_ms(own: Operator, moved: int, card: Card) -> float:
-    computing = own.flops / (peak_of(card, own.dtype, own.kind) * 1e9) if own.flops else 0.0
-    return max(computing, moved / (card.gbytes_s * 1e6))
+def _roof_ms(operator: Operator, moved_bytes: int, card: Card) -> float:
+    transfer_ms = moved_bytes / (card.gbytes_s * 1e6)
+    if not operator.flops:
+        return transfer_ms
+    peak = peak_of(card, operator.dtype, operator.kind)
+    return max(operator.flops / (peak * 1e9), transfer_ms)
 
 
 def _line(stage: Stage, card: Card) -> Line:
-    own, times = stage.operators, stage.times
-    tally = Tally.of(own)
-    hosted = sum(TRITON_US if operator.name in _OURS else EAGER_US for operator in own)
+    operators, times = stage.operators, stage.times
+    tally, names = Tally.of(operators), [operator.name for operator in operators]
+    host_us = sum(TRITON_US if name in _TRITON_KERNELS else EAGER_US for name in names)
     return Line(
         stage.name,
         times,
         stage.rows,
         Tally(*(times * value for value in tally)),
-        times * device_ms(own, card),
-        times * floor_ms(own, card),
-        times * hosted / 1e3,
+        times * device_ms(operators, card),
+        times * floor_ms(operators, card),
+        times * host_us / 1e3,
         times * tally.launches * GRAPH_US / 1e3,
     )
 
 
-def _text(line: Line, whole: float) -> str:
+def _text(line: Line, total_ms: float) -> str:
     tally = line.tally
     return (
         f"{line.stage:<{_NAME}}{line.times:>6}{tally.flops / 1e12:>12.3f}{tally.moved / 1e9:>10.2f}"
         f"{tally.launches:>10}{line.device_ms:>11.2f}{line.floor_ms:>11.2f}{line.eager_ms:>11.2f}"
-        f"{line.graph_ms:>10.2f}{line.device_ms / whole:>7.0%}"
+        f"{line.graph_ms:>10.2f}{line.device_ms / total_ms:>7.0%}"
     )
 
 

@@ -110,8 +110,8 @@ class _OneAttention(TorchFunctionMode):
         options = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **options)
-        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False))
-        return _attention(**{**named, **options})
+        names = ("query", "key", "value", "attn_mask", "dropout_p")
+        return _attention(**dict(zip(names, args, strict=False)), **options)
 
 
 def _attention(
@@ -150,18 +150,18 @@ class _Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "convolution" and any(map(_channels_last, args[:2])):
             out = out.to(memory_format=torch.channels_last)  # as on CUDA, and not on meta
-        if not (func.is_view or name in _FREE or name.startswith("empty")):
-            written = _written_arguments(func, args, options)
-            if outputs := _on_card((out, written)):
-                self.operators.append(_operator(func, name, args, options, out, outputs))
+        launches = not (func.is_view or name in _FREE or name.startswith("empty"))
+        if launches and (outputs := _on_card((out, _targets(func, args, options)))):
+            self.operators.append(_operator(func, name, args, options, out, outputs))
         return out
 
 
-def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that an operator writes into."""
-    named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
-    marks = {one.name: one.alias_info for one in func._schema.arguments}
-    return [v for n, v in named.items() if (mark := marks.get(n)) is not None and mark.is_write]
+    names = [argument.name for argument in func._schema.arguments]
+    values = dict(zip(names, args, strict=False)) | kwargs
+    aliases = {argument.name: argument.alias_info for argument in func._schema.arguments}
+    return [v for n, v in values.items() if (alias := aliases.get(n)) and alias.is_write]
 
 
 def _operator(
@@ -176,29 +176,30 @@ def _operator(
     flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
     inputs = _on_card((args, kwargs))
     if name in _FILLED:
-        inputs = [own for own in inputs if all(own is not other for other in outputs)]
-    written = sum(map(_bytes, outputs))
-    read = written if name == "embedding" else sum(map(_bytes, inputs))
-    moved, launches = read + written, _LAUNCHES.get(name, 1)
+        inputs = [tensor for tensor in inputs if all(tensor is not output for output in outputs)]
+    output_bytes = sum(map(_bytes, outputs))
+    input_bytes = output_bytes if name == "embedding" else sum(map(_bytes, inputs))
+    least = input_bytes + output_bytes
+    moved, launches = least, _LAUNCHES.get(name, 1)
     if name in _TWICE:
         moved += _bytes(inputs[0])
     if name == "convolution":
-        hidden = _hidden(args, outputs[0])
-        moved, launches = moved + 2 * sum(map(_bytes, hidden)), launches + len(hidden)
+        copies = _copies(args, outputs[0])
+        moved, launches = moved + 2 * sum(map(_bytes, copies)), launches + len(copies)
     kind = _KINDS.get(name, Kind.POINTWISE)
     dtype = (inputs or outputs)[0].dtype
-    return Operator(name, kind, dtype, flops, moved, read + written, launches)
+    return Operator(name, kind, dtype, flops, moved, least, launches)
 
 
-def _hidden(args: tuple[Any, ...], y: Tensor) -> list[Tensor]:
+def _copies(args: tuple[Any, ...], y: Tensor) -> list[Tensor]:
     """What a convolution reads and writes once more, each in a kernel of its own: its result where
     it has a bias, and an operand that is not in the memory format of the other one, which is copied
     (aten/.../Convolution.cpp)."""
-    hidden = [] if args[2] is None else [y]
+    copies = [] if args[2] is None else [y]
     if any(map(_channels_last, args[:2])):
         form = torch.channels_last
-        hidden += [own for own in args[:2] if not own.is_contiguous(memory_format=form)]
-    return hidden
+        copies += [tensor for tensor in args[:2] if not tensor.is_contiguous(memory_format=form)]
+    return copies
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -231,13 +232,14 @@ class Tally(NamedTuple):
 
     @classmethod
     def of(cls, operators: Iterable[Operator]) -> Tally:
-        every = tuple(operators)
-        sums = (sum(getattr(own, name) for own in every) for name in cls._fields[1:])
-        return cls(len(every), *sums)
+        operators = tuple(operators)
+        sums = (sum(getattr(operator, name) for operator in operators) for name in cls._fields[1:])
+        return cls(len(operators), *sums)
 
 
 def by_kind(operators: Iterable[Operator]) -> dict[Kind, Tally]:
     """The operators of each kind, of those that there are."""
-    every = tuple(operators)
-    split = {kind: [own for own in every if own.kind is kind] for kind in Kind}
-    return {kind: Tally.of(own) for kind, own in split.items() if own}
+    groups: dict[Kind, list[Operator]] = {kind: [] for kind in Kind}
+    for operator in operators:
+        groups[operator.kind].append(operator)
+    return {kind: Tally.of(group) for kind, group in groups.items() if group}

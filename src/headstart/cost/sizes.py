@@ -100,13 +100,13 @@ def sizes_of_files(
         assert info.unet is not None and info.family is not None
         unets[role] = info.family, info.unet
     family = next(iter(unets.values()))[0]
-    decoder = _vae(_holder("vae", vae, paths, family), replace(overrides, like=family), family)
-    reading = replace(overrides, tokenizer=True)
-    encoders = _text(_holder("text", text, paths, family), reading, family)
-    return {role: Sizes(own, unet, decoder, encoders) for role, (own, unet) in unets.items()}
+    decoder = _vae(_path_of("vae", vae, paths, family), replace(overrides, like=family), family)
+    with_tokenizer = replace(overrides, tokenizer=True)
+    encoders = _text(_path_of("text", text, paths, family), with_tokenizer, family)
+    return {role: Sizes(*network, decoder, encoders) for role, network in unets.items()}
 
 
-def _holder(
+def _path_of(
     part: PartName, path: str | Path | None, paths: Mapping[str, str | Path], family: Family
 ) -> Path | None:
     """Where the part is read from; None: nowhere, and the family's full size is known."""

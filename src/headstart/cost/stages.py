@@ -62,28 +62,27 @@ def stages_of(
     latent = (first.vae.latent_channels, pixels[0] // side, pixels[1] // side)
     guided = any(step.passes == 2 for step in table)
     stages = [Stage("text", 1, 1 + guided, text_pass(first.text, 1 + guided, dtype))]
-    in_network = _chunked(batch, chunks[0])
-    in_decoder = _chunked(batch, chunks[1] or chunks[0])
-    known: dict[tuple[UNetParams, int], Pass] = {}
+    network_chunks = _chunked(batch, chunks[0])
+    passes: dict[tuple[UNetParams, int], Pass] = {}
     for (name, copies), (reads, times) in _calls(table).items():
-        for images, parts in in_network.items():
-            key = (models[name].unet, images * copies)
-            if key not in known:
-                known[key] = unet_pass(models[name].unet, latent, images * copies, dtype)
-            read, call = known[key]
-            if read:
-                stages.append(Stage(f"{name} prompt", parts * reads, key[1], read))
-            stages.append(Stage(f"{name} pass", parts * times, key[1], call))
-    fused = [steps(table, latent, images, dtype) * parts for images, parts in in_network.items()]
+        for images, parts in network_chunks.items():
+            key = unet, rows = models[name].unet, images * copies
+            if key not in passes:
+                passes[key] = unet_pass(unet, latent, rows, dtype)
+            prompt, row = passes[key]
+            if prompt:
+                stages.append(Stage(f"{name} prompt", parts * reads, rows, prompt))
+            stages.append(Stage(f"{name} pass", parts * times, rows, row))
+    fused = [steps(table, latent, images, dtype) * n for images, n in network_chunks.items()]
     stages.append(Stage("step", 1, 0, tuple(chain.from_iterable(fused))))
-    for images, parts in in_decoder.items():
+    for images, parts in _chunked(batch, chunks[1] or chunks[0]).items():
         rgb = decode(first.vae, latent, images, vae_dtype, chunks[2])
         stages.append(Stage("decode", parts, images, rgb))
-    return _named_apart(stages)
+    return _with_distinct_names(stages)
 
 
 class Pass(NamedTuple):
-    """A UNet on some samples: what it reads of their prompt, before its first row, and a row."""
+    """A UNet's operators on some samples: those of reading their prompt, once, and of a row."""
 
     prompt: tuple[Operator, ...]
     row: tuple[Operator, ...]
@@ -97,7 +96,7 @@ def unet_pass(
     tokens: int = 77,
 ) -> Pass:
     """A UNet's calls on `rows` samples of `latent` [C, h, w] with `tokens` of text each."""
-    network = _built(lambda: UNet(params), dtype)
+    network = _on_meta(lambda: UNet(params), dtype)
     network.lay_out(torch.device("cuda"))
     pooled = time_ids = guidance = None
     if params.added_dim is not None:
@@ -108,8 +107,8 @@ def unet_pass(
     cond = Conditioning(context, pooled, time_ids, guidance)
     x_in, timestep = _empty(rows, *latent, dtype=dtype), _empty(rows, dtype=torch.int64)
     cached: list[Conditioning] = []
-    read = count(lambda: cached.append(PromptCache().of(network, cond)))
-    return Pass(read, count(lambda: network(x_in, timestep, cached[0])))
+    prompt = count(lambda: cached.append(PromptCache().of(network, cond)))
+    return Pass(prompt, count(lambda: network(x_in, timestep, cached[0])))
 
 
 def _calls(table: StepTable) -> dict[tuple[str, int], tuple[int, int]]:
@@ -118,21 +117,21 @@ def _calls(table: StepTable) -> dict[tuple[str, int], tuple[int, int]]:
     calls: dict[tuple[str, int], tuple[int, int]] = {}
     last = None
     for step in table:
-        own = (step.model, step.passes)
-        reads, times = calls.get(own, (0, 0))
-        calls[own] = (reads + (own != last), times + 1)
-        last = own
+        key = (step.model, step.passes)
+        reads, times = calls.get(key, (0, 0))
+        calls[key] = (reads + (key != last), times + 1)
+        last = key
     return calls
 
 
 def _chunked(batch: int, most: int | None) -> dict[int, int]:
     """Images at once -> how often."""
     size = min(batch, most or batch)
-    return {size: batch // size} | ({left: 1} if (left := batch % size) else {})
+    return {size: batch // size} | ({rest: 1} if (rest := batch % size) else {})
 
 
-def _named_apart(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Those of one name also by how many samples they have."""
+def _with_distinct_names(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Stages that share a name get their number of samples in it."""
     names = Counter(stage.name for stage in stages)
     return tuple(
         stage._replace(name=f"{stage.name} of {stage.rows}") if names[stage.name] > 1 else stage
@@ -146,7 +145,7 @@ def text_pass(
     """Every encoder on `texts` of one piece each."""
     operators: list[Operator] = []
     for params, rule in encoders:
-        tower = _built(lambda p=params, r=rule: Tower(p, r), dtype)
+        tower = _on_meta(lambda p=params, r=rule: Tower(p, r), dtype)
         ids = _empty(texts, params.positions, dtype=torch.int64)
         operators += count(lambda t=tower, i=ids: t(i))
     return tuple(operators)
@@ -189,7 +188,7 @@ def decode(
 ) -> tuple[Operator, ...]:
     """Latents -> uint8, as `engine.pixels` does: decoded in `dtype`, looked at for NaN, cast to
     bytes."""
-    vae = _built(lambda: Vae(params), dtype)
+    vae = _on_meta(lambda: Vae(params), dtype)
     nn.Module.to(vae, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     latents = _empty(batch, *latent)
 
@@ -202,14 +201,15 @@ def decode(
 
 
 def _pooled(params: UNetParams, rows: int, dtype: torch.dtype) -> Tensor:
-    """Beside six sizes, embedded as 256 values each in SDXL; smaller relatives keep its share."""
+    """The pooled text, as wide as added_dim leaves it: six sizes take 256 values each in SDXL, and
+    the same share in smaller relatives."""
     assert params.added_dim is not None
     pooled = 1280 * params.added_dim // (1280 + 6 * 256)
     pooled += (params.added_dim - pooled) % 12  # each of six sizes is embedded as cosines and sines
     return _empty(rows, pooled, dtype=dtype)
 
 
-def _built(build: Callable[[], M], dtype: torch.dtype) -> M:
+def _on_meta(build: Callable[[], M], dtype: torch.dtype) -> M:
     with _CARD:
         module = build()
     return module.to(dtype).requires_grad_(False).eval()

@@ -83,7 +83,7 @@ def execute(loop: DenoisingLoop, *, keep_x0: bool = False, on_step: OnStep = Non
         chosen=loop.images.seeds if select_of(run.methods) else None,
         reading=run.texts.reading,
         given=run.inputs.digests,
-        decode=run.chunks.own_decode,
+        decode=run.chunks.decode_chunks,
         tokens=run.tokens,
     )
 
@@ -117,7 +117,7 @@ def by_rows(loop: DenoisingLoop, on_step: OnStep = None) -> str | None:
         return f"the networks are on {', '.join(sorted(map(str, devices)))}"
     if weights.residency.arenas:
         return "weights come and go between rows"
-    if (decode := request.chunks.own_decode) is not None:
+    if (decode := request.chunks.decode_chunks) is not None:
         return f"the decoder has {decode[0]} samples at once, in {decode[1]} bands"
     return None
 

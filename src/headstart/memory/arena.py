@@ -124,11 +124,11 @@ class Arena:
         copies: list[tuple[Tensor, Tensor]] = []
         begin = 0
         for block in blocks:
-            here = slice(begin, begin + block.memory.nbytes)
+            span = slice(begin, begin + block.memory.nbytes)
             if host is None:
-                copies.append((block.memory, self._buffer[here]))
+                copies.append((block.memory, self._buffer[span]))
             else:
-                host[here].copy_(block.memory)
+                host[span].copy_(block.memory)
             block.move_to(self._buffer, begin)
             begin += block.aligned_bytes
         if host is not None:
@@ -143,12 +143,10 @@ def _aligned(blocks: Iterable[Block]) -> int:
 def _swapped(modules: Sequence[nn.Module], size_bytes: int, device: torch.device) -> list[Block]:
     """The largest blocks, until they fill the buffer: few copies, and nothing small is swapped.
     The other blocks go to the device for good."""
-    swapped: list[Block] = []
-    staying: list[Block] = []
-    filled = 0
+    swapped, staying, size = list[Block](), list[Block](), 0
     for block in sorted(blocks_of(modules), key=lambda block: -block.memory.nbytes):
-        (staying if filled >= size_bytes else swapped).append(block)
-        filled += block.aligned_bytes
+        (swapped if size < size_bytes else staying).append(block)
+        size += block.aligned_bytes
     gather(staying, device)
     return swapped
 

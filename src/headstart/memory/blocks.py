@@ -74,11 +74,10 @@ def blocks_of(modules: Iterable[nn.Module]) -> Iterator[Block]:
         if not _is_dense(weight.tensor):
             weight = weight._replace(tensor=weight.tensor.detach().contiguous())
         by_memory.setdefault(weight.tensor.untyped_storage()._cdata, []).append(weight)
-    for sharing in by_memory.values():
-        weights = sorted(sharing, key=lambda weight: weight.begin)
+    for group in by_memory.values():
+        weights = sorted(group, key=lambda weight: weight.begin)
         size = sum(weight.tensor.nbytes for weight in weights)
-        last = weights[-1]
-        extent = last.begin + last.tensor.nbytes - weights[0].begin
+        extent = weights[-1].begin + weights[-1].tensor.nbytes - weights[0].begin
         if extent == size and len({weight.tensor.dtype for weight in weights}) == 1:
             yield Block(tuple(weights), _bytes(weights[0].tensor, size))
         else:
@@ -87,11 +86,9 @@ def blocks_of(modules: Iterable[nn.Module]) -> Iterator[Block]:
 
 def gather(blocks: Iterable[Block], device: torch.device) -> None:
     """Copy blocks to a device, into one allocation: the allocator leaves no gaps between them."""
-    blocks = list(blocks)
-    memory = torch.empty(
-        sum(block.aligned_bytes for block in blocks), dtype=torch.uint8, device=device
-    )
-    begin = 0
+    blocks, begin = list(blocks), 0
+    size = sum(block.aligned_bytes for block in blocks)
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
     for block in blocks:
         memory[begin : begin + block.memory.nbytes].copy_(block.memory)
         block.move_to(memory, begin)

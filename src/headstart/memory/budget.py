@@ -77,10 +77,10 @@ class Chunks(NamedTuple):
     bands: int = 1
 
     @property
-    def own_decode(self) -> tuple[int, int] | None:
+    def decode_chunks(self) -> tuple[int, int] | None:
         """(decode, bands); None where the decoder takes as many samples as a UNet, in one band."""
-        taken = self.decode, self.bands
-        return None if taken == (self.networks, 1) else taken
+        sizes = self.decode, self.bands
+        return None if sizes == (self.networks, 1) else sizes
 
 
 class Free(NamedTuple):
@@ -102,14 +102,14 @@ class BatchSizes(NamedTuple):
     def of(cls, batch: int | Sequence[int] | None) -> BatchSizes:
         """From a number of samples in a UNet, or up to three numbers. Raises InputError unless they
         are whole numbers of at least 1."""
-        many = isinstance(batch, Sequence) and not isinstance(batch, str)
-        values = tuple(cast("Sequence[SupportsIndex | None]", batch if many else (batch,)))
+        is_list = isinstance(batch, Sequence) and not isinstance(batch, str)
+        values = tuple(cast("Sequence[SupportsIndex | None]", batch if is_list else (batch,)))
         try:
             counts = tuple(None if value is None else index(value) for value in values)
         except TypeError:
             counts = ()
-        sound = all(count is None or count > 0 for count in counts)
-        if not 1 <= len(counts) <= 3 or not sound or any(isinstance(v, bool) for v in values):
+        positive = all(count is None or count > 0 for count in counts)
+        if not 1 <= len(counts) <= 3 or not positive or any(isinstance(v, bool) for v in values):
             raise InputError(
                 "batch: expected a whole number of at least 1, of samples in a network at once, or "
                 "up to three, (samples in a network, in the decoder, bands of a decode), such as "
@@ -144,15 +144,15 @@ def chunks(
         size = 1 if batch.networks is None else most
         raise InputError(_refusal(shape, size, size * row, free.networks or 0, device, "UNet"))
     most, budget = min(batch.decode or networks, shape.batch), _budget(free.decode, states)
-    one = 0
+    sample = 0
     for bands in BANDS if batch.bands is None else (batch.bands,):
-        one = values.decode_bytes(shape, bands)
+        sample = values.decode_bytes(shape, bands)
         if bands == 1:
-            if (size := _cut(most, one, budget, batch.decode)) is not None:
+            if (size := _cut(most, sample, budget, batch.decode)) is not None:
                 return Chunks(networks, size)
-        elif budget is None or one <= budget:  # one sample after the other
+        elif budget is None or sample <= budget:  # one sample after the other
             return Chunks(networks, most, bands)
-    raise InputError(_refusal(shape, 1, one, free.decode or 0, device, "decoder"))
+    raise InputError(_refusal(shape, 1, sample, free.decode or 0, device, "decoder"))
 
 
 def spare_bytes(
@@ -168,9 +168,10 @@ def _budget(free: int | None, states: int) -> float | None:
     return None if free is None else SAFE_SHARE * free - states
 
 
-def _cut(size: int, each: int, budget: float | None, fixed: int | None) -> int | None:
-    """`size`, halved until that many fit; None where not one fits, or a `fixed` size does not."""
-    while budget is not None and size * each > budget:
+def _cut(size: int, sample: int, budget: float | None, fixed: int | None) -> int | None:
+    """`size`, halved until that many samples fit, of `sample` bytes each; None where not one fits,
+    or a `fixed` size does not."""
+    while budget is not None and size * sample > budget:
         if size == 1 or fixed is not None:
             return None
         size = (size + 1) // 2
@@ -206,15 +207,16 @@ def check_texts_fit(
         )
 
 
-def _refusal(shape: Shape, size: int, need: int, free: int, device: str, where: str) -> str:
+def _refusal(shape: Shape, size: int, need: int, free: int, device: str, network: str) -> str:
     height, width = shape.pixels
-    more = (
+    advice = (
         f"; or load with plan_size=({height}, {width}) (--size) and without memory='none', so that "
         "enough of the weights take turns, or with dtype='float8' (--dtype)"
     ) * device.startswith("cuda")
     return (
         f"{counted(shape.batch, 'image')} of {height}x{width} would need about "
         f"{(need + shape.state_bytes) / 1e9:.1f} GB besides the weights, with {size} in the "
-        f"{where} at a time; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of that "
-        f"is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch{more}"
+        f"{network} at a time; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of "
+        "that is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch"
+        f"{advice}"
     )

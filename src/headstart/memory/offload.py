@@ -36,7 +36,7 @@ _RUN = ("text", "base", "distilled")
 ORDER = ("text", "distilled", "base")
 """The parts that may take turns, the cheapest first: the distilled model can be copied back while
 the base's rows run."""
-_ONE = Chunks(1, 1)
+_SINGLE = Chunks(1, 1)
 _PASSES = 2
 """Rows of a guided base for each sample."""
 
@@ -66,7 +66,7 @@ class Placement:
     work: Mapping[str, int]
     turns: tuple[str, ...] = ()
     arena: int = 0
-    fits: Chunks = _ONE
+    fits: Chunks = _SINGLE
     free: int | None = None
     float8: bool = False
 
@@ -83,10 +83,8 @@ class Placement:
     def need(self) -> int:
         """Bytes that must be free: weights, the allocator's waste, the largest stage's work."""
         waste = sum(size for part, size in self.weights.items() if part not in self.turns) * SPREAD
-        return (
-            int(self.resident_bytes + waste + max(self.work.values(), default=0) / SAFE_SHARE)
-            + RESERVE
-        )
+        work = max(self.work.values(), default=0) / SAFE_SHARE
+        return int(self.resident_bytes + waste + work) + RESERVE
 
     @property
     def by_prompt(self) -> tuple[Move, ...]:
@@ -107,10 +105,8 @@ class Placement:
         if len(models) < 2:
             return ()
         behind = None if "text" in self.turns else "decode"
-        return (
-            Move("base", self.moving("base"), behind),
-            Move("distilled", self.moving("distilled")),
-        )
+        base = Move("base", self.moving("base"), behind)
+        return base, Move("distilled", self.moving("distilled"))
 
 
 def place(
@@ -169,12 +165,12 @@ def arena_bytes(sizes: Sequence[int], excess: int) -> int | None:
 
 
 def _with_chunks(placement: Placement, values: Footprint, shape: Shape) -> Placement:
-    weights, device = placement.weights, placement.device
+    weights = placement.weights
     if "vae" not in weights or not {"base", "distilled"} & set(weights):
         return placement
     most = int(max(placement.work.values(), default=0) / SAFE_SHARE)
     free = None if placement.free is None else placement.free - placement.need + most
-    fits = chunks(shape, values, _PASSES, Free(free, free), device=device)
+    fits = chunks(shape, values, _PASSES, Free(free, free), device=placement.device)
     return replace(placement, fits=fits)
 
 
@@ -184,7 +180,7 @@ def note(placement: Placement) -> str | None:
     if not names:
         return None
     moved = {"a picture": placement.by_picture, "for a new prompt": placement.by_prompt}
-    costs = [f"{_cost(moves)} {what}" for what, moves in moved.items() if moves]
+    costs = [f"{_cost(moves)} {occasion}" for occasion, moves in moved.items() if moves]
     least = max(placement.work.values(), default=0)
     return (
         f"memory: {_gb(placement.free or 0)} are free on {placement.device}, for "
@@ -215,8 +211,7 @@ def milliseconds(size_bytes: int) -> float:
 
 def _others(placement: Placement) -> str:
     """Ways to need less memory that change the results."""
-    lines: list[str] = []
-    weights = placement.weights
+    lines, weights = list[str](), placement.weights
     models = [weights[part] for part in ("base", "distilled") if part in weights]
     if models and not placement.float8:
         lines.append(

@@ -90,9 +90,9 @@ def plan_residency(
     for gpu in gpus:
         free = available_bytes(gpu)
         free = most if free is None else free if most is None else min(free, most)
-        here = {part: size for part, size in sizes.items() if devices[part] == gpu}
+        weights = {part: size for part, size in sizes.items() if devices[part] == gpu}
         float8 = dtype == "float8"
-        placements.append(place(here, values, shape, free, device=str(gpu), float8=float8))
+        placements.append(place(weights, values, shape, free, device=str(gpu), float8=float8))
     return replace(residency, placements=tuple(placements))
 
 
@@ -119,11 +119,10 @@ def notes(residency: Residency) -> tuple[str, ...]:
 def loading_device(residency: Residency, part: str) -> torch.device:
     """Where a part is loaded to: the host for a part that takes turns and, on a GPU, for a UNet
     (see `settle`); else the part's own device."""
-    here = next(
-        (placement for placement in residency.placements if part in placement.weights), None
-    )
-    waits = here is not None and (part in here.turns or part in _UNETS)
-    return torch.device("cpu") if waits else residency.devices[part]
+    placement = next((other for other in residency.placements if part in other.weights), None)
+    if placement is not None and (part in placement.turns or part in _UNETS):
+        return torch.device("cpu")
+    return residency.devices[part]
 
 
 def settle(residency: Residency, text: ClipText, unets: Mapping[str, UNet]) -> Residency:
@@ -143,9 +142,10 @@ def settle(residency: Residency, text: ClipText, unets: Mapping[str, UNet]) -> R
             _settle_unet(unets[role], device, placement, stays=stays, host=pin is not None)
         if placement.turns:
             networks = {part: modules[part] for part in placement.turns}
-            streams = streams_of(device)
             arenas.append(
-                Arena(networks, placement.arena, device, streams, pin or (lambda _: None))
+                Arena(
+                    networks, placement.arena, device, streams_of(device), pin or (lambda _: None)
+                )
             )
     return replace(residency, arenas=tuple(arenas))
 
@@ -178,11 +178,11 @@ def streams_of(device: torch.device) -> Streams:
 def _host_memory(placement: Placement) -> Callable[[int], Tensor | None] | None:
     """`pinned`, where the host has memory for what takes turns and for laying UNets out. Else None:
     weights stay in their files, which the system caches as long as it can."""
+    unets = {role: size for role, size in placement.weights.items() if role in _UNETS}
+    swapped = sum(size for role, size in unets.items() if role in placement.turns)
+    largest = max((size for role, size in unets.items() if role not in placement.turns), default=0)
     need = sum(placement.moving(part) for part in placement.turns)
-    sizes = {role: size for role, size in placement.weights.items() if role in _UNETS}
-    staying = (size for role, size in sizes.items() if role not in placement.turns)
-    copied = sum(size for role, size in sizes.items() if role in placement.turns)
-    need += int(LAYOUT_SHARE * (copied + max(staying, default=0)))  # those that stay, one by one
+    need += int(LAYOUT_SHARE * (swapped + largest))  # those that stay are laid out one by one
     free = available_bytes(torch.device("cpu"))
     return pinned if free is None or need <= SAFE_SHARE * free else None
 

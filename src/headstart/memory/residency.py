@@ -22,7 +22,7 @@ from headstart.prompt_cache import ReadsPrompt, prompt_key
 from headstart.runner.runner import Runner
 from headstart.state import State
 
-_ALWAYS_THERE = nullcontext()
+_NO_ARENA = nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +46,7 @@ class Residency:
         """Inside, the weights of a part are where its network reads them."""
         part = self._network(part)
         arena = next((arena for arena in self.arenas if part in arena), None)
-        return _ALWAYS_THERE if arena is None else arena.using(part)
+        return _NO_ARENA if arena is None else arena.using(part)
 
     def prefetch(self, parts: Iterable[str]) -> None:
         """Start to copy what is needed next; `parts` are in the order of use."""
@@ -74,22 +74,16 @@ class Residency:
 
     def free(self, parts: Iterable[str]) -> tuple[int | None, int]:
         """(free bytes of the fullest of these parts' devices, bytes of graphs' pools there)."""
-        of_devices: list[tuple[int | None, int]] = []
-        for device in dict.fromkeys(map(self.device, parts)):
-            if device is None:
+        sizes: list[tuple[int, int]] = []
+        for device in filter(None, dict.fromkeys(map(self.device, parts))):
+            free, pools = available_bytes(device), pool_bytes(device)
+            if free is None:
                 continue
-            free = available_bytes(device)
-            pools = pool_bytes(device)
-            if free is not None and self.most_bytes is not None:
+            if self.most_bytes is not None:
                 planned = sum(p.resident_bytes for p in self.placements if p.device == str(device))
                 free = min(free, self.most_bytes - planned - pools)
-            of_devices.append((free, pools))
-        known = [device for device in of_devices if device[0] is not None]
-        return (
-            min(known, key=lambda device: sum(map(int, filter(None, device))))
-            if known
-            else (None, 0)
-        )
+            sizes.append((free, pools))
+        return min(sizes, key=sum, default=(None, 0))
 
 
 def state_to(state: State, device: torch.device) -> State:

@@ -50,14 +50,14 @@ def named_plan(name: str, settings: PlanSettings, default_preset: str | None = N
     """
     present = {key: value for key, value in settings.items() if value is not None}
     if name.endswith(TOML):
-        if more := sorted(set(present) - {"preset"}):  # a preset may be the default of other plans
-            raise PlanError(f"{more[0]}= and plan {name!r}: the file states its own; give one")
+        if extra := sorted(set(present) - {"preset"}):  # a preset may be the default of other plans
+            raise PlanError(f"{extra[0]}= and plan {name!r}: the file states its own; give one")
         named_pair(name, settings, default_preset or CUSTOM.name)
         return read_plan(name)
-    if name == "base" and (more := [key for key in _GRID if key in present]):
+    if name == "base" and (extra := [key for key in _GRID if key in present]):
         raise PlanError(
-            f"{more[0]}= is of the distilled model, and plan 'base' does not run it: leave it out, "
-            "or give a plan from a FILE.toml"
+            f"{extra[0]}= is of the distilled model, and plan 'base' does not run it: leave it "
+            "out, or give a plan from a FILE.toml"
         )
     for key in ("preset", *_GRID):
         present.pop(key, None)
@@ -84,8 +84,7 @@ def named_pair(name: str, settings: PlanSettings, default_preset: str | None = N
 
     Raises PlanError as `named_plan` does.
     """
-    every: Mapping[str, object] = {**settings}
-    grid = {key: every[key] for key in _GRID if every.get(key) is not None}
+    grid = {key: value for key, value in settings.items() if key in _GRID and value is not None}
     if default_preset is None and ("timesteps" in grid or "sigmas" in grid):
         default_preset = CUSTOM.name
     pair = settings.get("preset") or (name if name in PRESETS else default_preset)

@@ -57,14 +57,12 @@ class EdmSchedule:
         """A grid, falling. Raises PlanError for a spacing that EDM does not have."""
         steps = whole_number("steps", steps, 1, 1_000_000)
         match spacing:
-            case Spacing.TRAILING | Spacing.KARRAS:
+            case Spacing.EVEN if landing:
+                sigmas = karras(steps + 1, self.sigma_max, landing, self.rho)[:-1]
+            case Spacing.TRAILING | Spacing.KARRAS | Spacing.EVEN:
                 sigmas = karras(steps, self.sigma_max, self.sigma_min, self.rho)
             case Spacing.EXPONENTIAL:
                 sigmas = exponential(steps, self.sigma_max, self.sigma_min)
-            case Spacing.EVEN if landing:
-                sigmas = karras(steps + 1, self.sigma_max, landing, self.rho)[:-1]
-            case Spacing.EVEN:
-                sigmas = karras(steps, self.sigma_max, self.sigma_min, self.rho)
             case _:
                 raise PlanError(
                     f"an EDM schedule has no {spacing.value} grid: give spacing='karras', "

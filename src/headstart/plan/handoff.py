@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import isclose
 from typing import NamedTuple
 
 from headstart.errors import PlanError
@@ -39,15 +40,13 @@ def join(legs: Sequence[Leg], schedules: Schedules, end: float = 0.0) -> tuple[P
     """
     parts = _parts(legs, schedules, end)
     for index, pair in enumerate(pairwise(parts)):
-        reason = _fault(*pair)
-        if reason:
+        if reason := _fault(*pair):
             raise PlanError(_explain(reason, legs, schedules, end, index))
     points: list[Point] = []
-    for part, after in zip(parts, (*parts[1:], None), strict=True):
-        leg, grid = part.leg, part.grid
-        count = _count(part, after) if after else _last_count(part, end)
-        pairs = zip(grid.timesteps[:count], grid.sigmas[:count], strict=True)
-        points += [Point(leg, timestep, sigma) for timestep, sigma in pairs]
+    for part, next_part in zip(parts, (*parts[1:], None), strict=True):
+        count = _count(part, next_part) if next_part else _last_count(part, end)
+        pairs = zip(part.grid.timesteps[:count], part.grid.sigmas[:count], strict=True)
+        points += [Point(part.leg, timestep, sigma) for timestep, sigma in pairs]
     return tuple(points)
 
 
@@ -82,18 +81,18 @@ def _last_count(part: _Part, end: float) -> int:
     )
 
 
-def _count(part: _Part, after: _Part) -> int:
+def _count(part: _Part, next_part: _Part) -> int:
     """How many points of a leg run before the next one starts.
 
     On two schedules the same timestep has two levels. The leg whose level is higher would make a
     needless small step from there. So a leg on a grid also stops above the next leg's timestep.
     """
-    count = part.grid.above(after.grid.sigmas[0])
-    if part.leg.steps is None or _may_leave_grid(part.leg) or part.schedule == after.schedule:
+    count = part.grid.above(next_part.grid.sigmas[0])
+    if part.leg.steps is None or _may_leave_grid(part.leg) or part.schedule == next_part.schedule:
         return count
-    if type(part.schedule) is not type(after.schedule):  # their timesteps cannot be compared
+    if type(part.schedule) is not type(next_part.schedule):  # their timesteps cannot be compared
         return count
-    return min(count, sum(time > after.grid.timesteps[0] for time in part.grid.timesteps))
+    return min(count, sum(time > next_part.grid.timesteps[0] for time in part.grid.timesteps))
 
 
 def _may_leave_grid(leg: Leg) -> bool:
@@ -101,20 +100,17 @@ def _may_leave_grid(leg: Leg) -> bool:
     return leg.until is not None or leg.spacing is Spacing.EVEN
 
 
-def _same(level: float, other: float) -> bool:
-    return abs(level - other) <= SLACK * other
-
-
-def _fault(part: _Part, after: _Part) -> str:
+def _fault(part: _Part, next_part: _Part) -> str:
     """Why these two cannot join, or an empty string."""
-    leg, grid, following = part.leg, part.grid, after.grid
-    count = _count(part, after)
-    start = f"{after.leg.model!r} starts at timestep {following.timesteps[0]:g}"
-    if part.schedule != after.schedule:
-        start += f" (sigma {following.sigmas[0]:.4f}, on a schedule of its own)"
+    leg, grid = part.leg, part.grid
+    timestep, level = next_part.grid.timesteps[0], next_part.grid.sigmas[0]
+    count = _count(part, next_part)
+    start = f"{next_part.leg.model!r} starts at timestep {timestep:g}"
+    if part.schedule != next_part.schedule:
+        start += f" (sigma {level:.4f}, on a schedule of its own)"
     elif leg.until:
-        start += f" (sigma {following.sigmas[0]:.4f})"
-    if isinstance(leg.until, float) and not _same(leg.until, following.sigmas[0]):
+        start += f" (sigma {level:.4f})"
+    if isinstance(leg.until, float) and not isclose(leg.until, level, rel_tol=SLACK):
         return f"a gap in noise level: {leg.model!r} goes until level {leg.until:g}, but {start}"
     if leg.steps is None:
         if count == len(grid.sigmas) or (count and leg.until is not None):
@@ -126,10 +122,10 @@ def _fault(part: _Part, after: _Part) -> str:
     if count == 0:
         return (
             f"{leg.model!r} would run zero steps: its grid begins at timestep "
-            f"{grid.timesteps[0]:g}, and {start}{_lower(after)}"
+            f"{grid.timesteps[0]:g}, and {start}{_lower(next_part)}"
         )
     landing = grid.sigmas[count] if count < len(grid.sigmas) else 0.0
-    meets = _same(landing, following.sigmas[0]) or part.schedule != after.schedule
+    meets = isclose(landing, level, rel_tol=SLACK) or part.schedule != next_part.schedule
     if meets or _may_leave_grid(leg):
         return ""
     target = f"timestep {grid.timesteps[count]:g}" if landing else "the end of its grid, sigma 0"
@@ -139,10 +135,10 @@ def _fault(part: _Part, after: _Part) -> str:
     )
 
 
-def _lower(after: _Part) -> str:
+def _lower(next_part: _Part) -> str:
     """If the next leg's start follows from a level: a level that leaves this leg a step."""
-    levels = after.grid.sigmas
-    return f"; hand over at {levels[1]:.4g} or below" if after.leg.below and levels[1:] else ""
+    levels = next_part.grid.sigmas
+    return f"; hand over at {levels[1]:.4g} or below" if next_part.leg.below and levels[1:] else ""
 
 
 def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> str:
@@ -151,9 +147,9 @@ def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float,
     grids = [f"  {part.leg.model:<{width}}  {part.grid}" for part in parts]
     nearest = _nearest(legs, schedules, end, index)
     advice = f"nearest valid plan: legs=({', '.join(map(repr, nearest))},)"
-    changed = nearest[index].steps if len(nearest) == len(legs) else None
-    if changed is not None and changed != legs[index].steps:
-        advice += f"\n  that is steps={changed} for {legs[index].model!r}, n={changed} of a preset"
+    steps = nearest[index].steps if len(nearest) == len(legs) else None
+    if steps is not None and steps != legs[index].steps:
+        advice += f"\n  that is steps={steps} for {legs[index].model!r}, n={steps} of a preset"
     return "\n".join([reason, *grids, advice])
 
 
@@ -166,30 +162,29 @@ def _nearest(legs: Sequence[Leg], schedules: Schedules, end: float, index: int) 
     return _trimmed(parts)
 
 
-def _repairs(part: _Part, following: _Part) -> Iterator[tuple[Leg, Leg]]:
+def _repairs(part: _Part, next_part: _Part) -> Iterator[tuple[Leg, Leg]]:
     """Changes to two legs that may make them join, the smallest first."""
-    leg, after = part.leg, following.leg
+    leg, next_leg = part.leg, next_part.leg
     if leg.until:
-        yield replace(leg, until="next"), after
+        yield replace(leg, until="next"), next_leg
     if leg.steps is not None:
         steps = leg.steps
         # At most double the steps: past that, naming the timesteps is the smaller change.
-        for other in sorted(range(leg.skip + 1, 2 * steps + 1), key=lambda n: (abs(n - steps), n)):
-            yield replace(leg, steps=other), after
+        for count in sorted(range(leg.skip + 1, 2 * steps + 1), key=lambda n: (abs(n - steps), n)):
+            yield replace(leg, steps=count), next_leg
     timestep, level = part.schedule.highest
     top = Grid((timestep,), (level,))
-    tails = [(after, following.grid)]
-    if len(following.grid.sigmas) > 1:
-        rest = Grid(following.grid.timesteps[1:], following.grid.sigmas[1:])
-        if after.steps is not None:
-            tails.append((replace(after, skip=after.skip + 1), rest))
+    tails = [(next_leg, next_part.grid)]
+    if len(next_part.grid.sigmas) > 1:
+        rest = Grid(next_part.grid.timesteps[1:], next_part.grid.sigmas[1:])
+        if next_leg.steps is not None:
+            tails.append((replace(next_leg, skip=next_leg.skip + 1), rest))
         else:
-            tails.append((_explicit(after, rest, len(rest.sigmas)), rest))
+            tails.append((_explicit(next_leg, rest, len(rest.sigmas)), rest))
     for tail, grid in tails:
         yield leg, tail
         for head in (part.grid, top):
-            count = head.above(grid.sigmas[0])
-            if count:
+            if count := head.above(grid.sigmas[0]):
                 yield _explicit(leg, head, count), tail
 
 
@@ -197,8 +192,7 @@ def _trimmed(parts: Sequence[_Part]) -> Sequence[Leg]:
     """Of each leg the points above the start of the next one, which always joins."""
     legs, start = [parts[-1].leg], parts[-1].grid.sigmas[0]
     for part in reversed(parts[:-1]):
-        count = part.grid.above(start)
-        if count:
+        if count := part.grid.above(start):
             legs.insert(0, _explicit(part.leg, part.grid, count))
             start = part.grid.sigmas[0]
     return legs

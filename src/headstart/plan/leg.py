@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
@@ -99,7 +99,7 @@ class Leg:
         `landing` is the level at which the leg ends; an even grid depends on it. Raises PlanError
         for points outside the model's schedule, and if `below` leaves none.
         """
-        grid = self._whole_grid(schedule, landing)
+        grid = self._full_grid(schedule, landing)
         low, high = schedule.lowest[1], schedule.highest[1]
         if grid.sigmas[0] > high * (1 + SLACK) or grid.sigmas[-1] < low * (1 - SLACK):
             raise PlanError(
@@ -109,16 +109,16 @@ class Leg:
             )
         if self.below is None:
             return grid
-        above = grid.above(self.below, PRINTED)
-        if above == len(grid.sigmas):
+        count = grid.above(self.below, PRINTED)
+        if count == len(grid.sigmas):
             lower = grid.sigmas[1:] or grid.sigmas
             raise PlanError(
                 f"{self.model!r} has no step at or below level {self.below:g}: hand over at one of "
                 f"those it has, {' '.join(f'{sigma:.4g}' for sigma in lower)}"
             )
-        return Grid(grid.timesteps[above:], grid.sigmas[above:])
+        return Grid(grid.timesteps[count:], grid.sigmas[count:])
 
-    def _whole_grid(self, schedule: Process, landing: float) -> Grid:
+    def _full_grid(self, schedule: Process, landing: float) -> Grid:
         if self.steps is not None:
             points = schedule.points(self.steps, self.spacing, landing)
             times, levels = points.timesteps[self.skip :], points.sigmas[self.skip :]
@@ -207,11 +207,9 @@ def _is(expected: type, value: object) -> bool:
 
 def _strengths(adapters: object) -> tuple[tuple[str, float], ...]:
     """(name, strength) pairs, also from a mapping."""
-    items = adapters
-    if isinstance(adapters, Mapping):
-        items = tuple(cast("Mapping[str, float]", adapters).items())
     try:
-        pairs = cast("tuple[tuple[str, float], ...]", items)
+        strengths: Any = adapters
+        pairs = strengths.items() if isinstance(adapters, Mapping) else strengths
         return tuple((str(name), float(value)) for name, value in pairs)
     except (TypeError, ValueError, OverflowError):
         raise PlanError(
@@ -222,9 +220,9 @@ def _strengths(adapters: object) -> tuple[tuple[str, float], ...]:
 
 def _level(model: str, name: str, value: object) -> float:
     if not 0.0 < (level := as_float(value)) < math.inf:
-        also = " or 'next'" if name == "until" else ""
+        option = " or 'next'" if name == "until" else ""
         raise PlanError(
-            f"{name} of leg {model!r} must be a noise level above 0{also}, not {value!r:.60}"
+            f"{name} of leg {model!r} must be a noise level above 0{option}, not {value!r:.60}"
         )
     return level
 
@@ -248,8 +246,8 @@ def _falling(model: str, name: str, values: Iterable[float]) -> tuple[float, ...
             "out the final 0"
         )
     if any(b >= a for a, b in pairwise(numbers)):
-        fixed = tuple(sorted(set(numbers), reverse=True))
-        raise PlanError(f"{name} of leg {model!r} must fall, not {numbers}; falling: {fixed}")
+        falling = tuple(sorted(set(numbers), reverse=True))
+        raise PlanError(f"{name} of leg {model!r} must fall, not {numbers}; falling: {falling}")
     return numbers
 
 

@@ -84,7 +84,7 @@ class Pair:
 
         On a regular grid it runs to the end, or to the next leg.
         """
-        return self._on(
+        return self._slice(
             Leg(
                 model="distilled",
                 steps=steps,
@@ -103,7 +103,7 @@ class Pair:
 
     def base(self, steps: int, begin: int = 0, end: int | None = None) -> Leg:
         """The base on the same steps, by its own update."""
-        return self._on(self.base_leg(steps, self.spacing), steps, begin, end)
+        return self._slice(self.base_leg(steps, self.spacing), steps, begin, end)
 
     def base_leg(self, steps: int, spacing: Spacing) -> Leg:
         """The base before the distilled model, on a grid of its own."""
@@ -120,7 +120,7 @@ class Pair:
         """All steps of the distilled model, on the pair's schedule."""
         return self.distilled(steps).grid(self.schedule)
 
-    def _on(self, leg: Leg, steps: int, begin: int, end: int | None) -> Leg:
+    def _slice(self, leg: Leg, steps: int, begin: int, end: int | None) -> Leg:
         if self.sigmas is None and steps not in self.timesteps:
             return replace(leg, skip=begin)
         sigmas, timesteps = self.sigmas, self.timesteps.get(steps)

@@ -75,17 +75,17 @@ class Plan:
         Raises PlanError for legs that do not join, with both grids and the nearest valid plan.
         """
         models = dict.fromkeys(leg.model for leg in self.legs)
-        schedules = {model: _of("noise schedule", schedule, model) for model in models}
+        schedules = {model: _of_model("noise schedule", schedule, model) for model in models}
         end = self._end(schedules[self.legs[-1].model])
         points = join(self.legs, schedules, end)
         rows: list[Step] = []
         moves = zip(points, (*points[1:], _Landing(end)), strict=True)
         for _, group in groupby(moves, lambda move: (move[0].leg.model, move[0].leg.update)):
             run = list(group)
-            for index, (point, after) in enumerate(run):
-                own = _prediction(point.leg, prediction)
+            for index, (point, landing) in enumerate(run):
+                target = _prediction(point.leg, prediction)
                 before = run[index - 1][0].sigma if index else None
-                rows.append(_row(schedules, own, before, point, after, index, len(run)))
+                rows.append(_row(schedules, target, before, point, landing, index, len(run)))
         last = points[-1].leg
         return StepTable(
             tuple(rows),
@@ -138,7 +138,7 @@ def _row(
     prediction: Prediction,
     before: float | None,
     point: Point,
-    after: Point | _Landing,
+    landing: Point | _Landing,
     position: int,
     length: int,
 ) -> Step:
@@ -151,8 +151,8 @@ def _row(
     transition = Transition(
         schedule=schedule,
         sigma=point.sigma,
-        sigma_next=after.sigma,
-        timestep_next=_timestep_next(schedules, point, after),
+        sigma_next=landing.sigma,
+        timestep_next=_timestep_next(schedules, point, landing),
         sigma_before=before,
         eta=leg.eta,
         gamma=leg.gamma,
@@ -183,22 +183,22 @@ _PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
 def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> None:
     if type(schedule) not in _PREDICTIONS:  # a class of the caller
         return
-    name, known = _PREDICTIONS[type(schedule)]
-    if prediction not in known:
+    name, targets = _PREDICTIONS[type(schedule)]
+    if prediction not in targets:
         fitting = next(other for other, values in _PREDICTIONS.values() if prediction in values)
         raise PlanError(
             f"model {leg.model!r} predicts {prediction.value!r}, and its schedule is a {name}, on "
-            f"which networks predict {', '.join(one.value for one in known)}: give it "
+            f"which networks predict {', '.join(target.value for target in targets)}: give it "
             f"{fitting}, or another prediction"
         )
     if isinstance(schedule, NoiseSchedule):
         return
-    counts = {
+    options = {
         "update 'tcd'": leg.update is Update.TCD,
         "boundary=True": leg.boundary,
         "shifted_timestep=": leg.shifted_timestep is not None,
     }
-    if option := next((option for option, has in counts.items() if has), None):
+    if option := next((option for option, in_use in options.items() if in_use), None):
         raise PlanError(
             f"{option} of leg {leg.model!r} counts whole timesteps, and {name} has none: leave it "
             "out"
@@ -209,31 +209,31 @@ def _sigma_data(schedule: Process) -> float:
     return schedule.sigma_data if isinstance(schedule, EdmSchedule) else 1.0
 
 
-def _timestep_next(schedules: Schedules, point: Point, after: Point | _Landing) -> float:
+def _timestep_next(schedules: Schedules, point: Point, landing: Point | _Landing) -> float:
     """The timestep of the row's own model at the level where the row lands."""
-    if point.leg.update is not Update.TCD or after.sigma == 0.0:  # the only rule that reads it
+    if point.leg.update is not Update.TCD or landing.sigma == 0.0:  # the only rule that reads it
         return 0.0
     schedule = schedules[point.leg.model]
-    if after.leg is None or schedule != schedules[after.leg.model]:
-        return schedule.timestep(after.sigma)
-    return after.timestep
+    if landing.leg is None or schedule != schedules[landing.leg.model]:
+        return schedule.timestep(landing.sigma)
+    return landing.timestep
 
 
 def _prediction(leg: Leg, value: Prediction | Mapping[str, Prediction]) -> Prediction:
     if leg.prediction is not None:
         return leg.prediction
-    return Prediction(_of("prediction", value, leg.model))
+    return Prediction(_of_model("prediction", value, leg.model))
 
 
-def _of(what: str, value: _T | Mapping[str, _T], model: str) -> _T:
+def _of_model(noun: str, value: _T | Mapping[str, _T], model: str) -> _T:
     """The value for a model. Raises PlanError if a mapping has none."""
     if not isinstance(value, Mapping):
         return value
     by_model = cast("Mapping[str, _T]", value)
     if model not in by_model:
         raise PlanError(
-            f"no {what} for model {model!r}: the mapping has {', '.join(map(repr, by_model))}; add "
-            f"it, or give one {what} for all models"
+            f"no {noun} for model {model!r}: the mapping has {', '.join(map(repr, by_model))}; add "
+            f"it, or give one {noun} for all models"
         )
     return by_model[model]
 

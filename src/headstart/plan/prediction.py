@@ -45,8 +45,8 @@ class Prediction(Enum):
     def _missing_(cls, value: object) -> Prediction:
         if isinstance(value, str) and value in _NAMES:
             return cls[_NAMES[value]]
-        known = ", ".join(repr(name) for name in (*(member.value for member in cls), *_NAMES))
-        raise PlanError(f"unknown prediction {value!r}: expected one of {known}")
+        names = ", ".join(map(repr, [*(member.value for member in cls), *_NAMES]))
+        raise PlanError(f"unknown prediction {value!r}: expected one of {names}")
 
     def scalings(self, sigma: float, sigma_data: float = 1.0) -> Scalings:
         """The coefficients at a finite level sigma >= 0; `sigma_data` is EDM's d.

@@ -9,20 +9,13 @@ import numpy as np
 
 from headstart.errors import PlanError
 from headstart.keywords import with_known_keywords
+from headstart.lazy import FloatArray
 from headstart.plan.leg import PRINTED, Grid, Leg
 from headstart.plan.pair import Pair
 from headstart.plan.pairs import PAIRS
 from headstart.plan.plan import Plan
 from headstart.plan.schedule import NoiseSchedule
-from headstart.plan.spacing import (
-    SLACK,
-    TRAIN_STEPS,
-    FloatArray,
-    Spacing,
-    grid,
-    real,
-    whole_number,
-)
+from headstart.plan.spacing import SLACK, TRAIN_STEPS, Spacing, grid, real, whole_number
 
 Mode = Literal["hybrid", "base", "distilled", "skip-first", "replace-final"]
 
@@ -88,8 +81,8 @@ def pair_named(name: str) -> Pair:
     if not isinstance(cast("object", name), str) or name not in PAIRS:
         from difflib import get_close_matches  # seldom needed
 
-        near = get_close_matches(str(name), PAIRS, 3)
-        hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+        names = get_close_matches(str(name), PAIRS, 3)
+        hint = f" did you mean {' or '.join(map(repr, names))}?" if names else ""
         raise PlanError(f"unknown preset {name!r:.60}:{hint} `headstart presets` lists all")
     return PAIRS[name]
 
@@ -97,8 +90,8 @@ def pair_named(name: str) -> Pair:
 def plan_of(pair: Pair, request: Request) -> Plan:
     """As `preset`, of any pair."""
     if request.mode not in get_args(Mode):
-        known = ", ".join(get_args(Mode))
-        raise PlanError(f"unknown mode {request.mode!r}: expected one of {known}")
+        modes = ", ".join(get_args(Mode))
+        raise PlanError(f"unknown mode {request.mode!r}: expected one of {modes}")
     if request.n is not None and request.mode not in ("hybrid", "replace-final"):
         raise PlanError(
             f"n={request.n} says how the base covers steps it replaces; mode {request.mode!r} has "
@@ -149,12 +142,12 @@ def _base_alone(pair: Pair, request: Request) -> Leg:
 
 def _check_steps(pair: Pair, steps: int) -> None:
     whole_number("steps", steps, 1, TRAIN_STEPS)
-    named = dict.fromkeys((len(pair.sigmas),)) if pair.sigmas else pair.timesteps
-    if named and steps not in named:
+    counts = [len(pair.sigmas)] if pair.sigmas else [*pair.timesteps]
+    if counts and steps not in counts:
         grids = [
             f"{count} steps at "
             + " ".join(f"{number:g}" for number in pair.timesteps.get(count, pair.sigmas or ()))
-            for count in named
+            for count in counts
         ]
         raise PlanError(
             f"the distilled model of the {pair.name} pair runs {' or '.join(grids)}, so steps "
@@ -169,7 +162,7 @@ def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:
     if request.handoff is not None:
         return _legs_by_level(pair, request, steps, request.handoff)
     if steps == 1 and request.mode == "hybrid":
-        return _above_the_only_step(pair, request)
+        return _legs_of_one_step(pair, request)
     k = _checked_k(pair, request, steps)
     match request.mode:
         case "skip-first":
@@ -181,7 +174,7 @@ def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:
             return _base_part(pair, request, steps, 0, k), pair.distilled(steps, k)
 
 
-def _usual_k(pair: Pair, request: Request, steps: int) -> int:
+def _default_k(pair: Pair, request: Request, steps: int) -> int:
     """The number of distilled steps above the pair's level of the hand-off, on its own schedule.
 
     A count, so that on another schedule (zero terminal SNR, a smaller latent) the models meet at
@@ -196,26 +189,25 @@ def _legs_by_level(pair: Pair, request: Request, steps: int, level: float) -> tu
     distilled = replace(pair.distilled(steps), below=level)
     if request.mode == "skip-first":
         return (distilled,)
-    usual = max(1, pair.grid(steps).above(level, PRINTED))
-    return _down_to_the_next(pair, request, pair.spacing, usual), distilled
+    default_k = max(1, pair.grid(steps).above(level, PRINTED))
+    return _base_above_handoff(pair, request, pair.spacing, default_k), distilled
 
 
-def _down_to_the_next(pair: Pair, request: Request, spacing: Spacing, usual: int) -> Leg:
+def _base_above_handoff(pair: Pair, request: Request, spacing: Spacing, default_k: int) -> Leg:
     """The base to where the next leg starts: on its own n-step grid, or in k even steps."""
     if request.n is not None:
         return replace(pair.base_leg(request.n, spacing), until="next")
-    k = whole_number("k", usual if request.k is None else request.k, 1, TRAIN_STEPS)
+    k = whole_number("k", default_k if request.k is None else request.k, 1, TRAIN_STEPS)
     return replace(pair.base_leg(k, Spacing.EVEN), until="next")
 
 
-def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
+def _legs_of_one_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
     """A one-step student: the base above its only level, then it."""
-    distilled = pair.distilled(1)
-    only = pair.grid(1)
-    if only.sigmas[0] >= pair.schedule.highest[1] * (1 - SLACK):
+    start = pair.grid(1)
+    if start.sigmas[0] >= pair.schedule.highest[1] * (1 - SLACK):
         raise PlanError(
             f"{request}: the distilled model's only step starts at timestep "
-            f"{only.timesteps[0]:g}, pure noise, so no base step fits above it: give "
+            f"{start.timesteps[0]:g}, pure noise, so no base step fits above it: give "
             "mode='distilled', or a model of more steps"
         )
     if request.n is not None and request.k is not None:
@@ -223,7 +215,7 @@ def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
             f"k={request.k} and n={request.n} both say in how many steps the base comes down to "
             "the one step of the distilled model: give one"
         )
-    return _down_to_the_next(pair, request, Spacing.TRAILING, 1), distilled
+    return _base_above_handoff(pair, request, Spacing.TRAILING, 1), pair.distilled(1)
 
 
 def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:
@@ -242,8 +234,8 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
     timesteps = _grid_or_none(request.n, pair.spacing)
     if not _reaches(timesteps, joint):
         limit = max(2 * request.n, steps)
-        near = sorted(range(1, limit + 1), key=lambda m: (abs(m - (request.n or 0)), m))
-        n = next(m for m in near if _reaches(_grid_or_none(m, pair.spacing), joint))
+        counts = sorted(range(1, limit + 1), key=lambda m: (abs(m - (request.n or 0)), m))
+        n = next(m for m in counts if _reaches(_grid_or_none(m, pair.spacing), joint))
         _refuse(
             f"a {request.n}-step base grid has no step from or to timestep {joint:g}, where the "
             "models meet",
@@ -258,12 +250,12 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
 
 def _flow_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:
     """The same for flows. Their grids rarely meet, so the base ends off its own grid."""
-    leg = pair.base_leg(request.n or 0, pair.spacing)
     if begin:
         raise PlanError(
             f"n={request.n} in mode 'replace-final': grids of flows do not meet, so the base "
             f"cannot start between steps of its own; leave n out"
         )
+    leg = pair.base_leg(request.n or 0, pair.spacing)
     return replace(leg, until="next") if end < steps else leg
 
 
@@ -279,7 +271,7 @@ def _grid_or_none(steps: int, spacing: Spacing) -> FloatArray | None:
 
 
 def _checked_k(pair: Pair, request: Request, steps: int) -> int:
-    k = _usual_k(pair, request, steps) if request.k is None else request.k
+    k = _default_k(pair, request, steps) if request.k is None else request.k
     if not hasattr(k, "__index__"):
         raise PlanError(f"k must be a whole number, not {k!r}")
     # In a hybrid both models have a row; in replace-final the base may have all (table E.1).
@@ -303,5 +295,6 @@ def _refuse(reason: str, request: Request, pair: Pair, nearest: Request) -> NoRe
     if request.n is not None:
         times = grid(request.n, pair.spacing)
         base = Grid(tuple(times.tolist()), tuple(pair.schedule.sigma(times).tolist()))
-    lines = [f"  {model:<9}  {own}" for model, own in (("base", base), ("distilled", distilled))]
+    grids = {"base": base, "distilled": distilled}
+    lines = [f"  {model:<9}  {points}" for model, points in grids.items()]
     raise PlanError("\n".join([f"{request}: {reason}", *lines, f"nearest valid plan: {nearest}"]))

@@ -31,9 +31,9 @@ def exponential(steps: int, highest: float, lowest: float) -> FloatArray:
 
 def align_your_steps(steps: int, table: str) -> FloatArray:
     """The first `steps` of steps + 1 levels, interpolated in log sigma between the table's."""
-    known = np.log(np.array(AYS[table]))
-    at = np.linspace(0.0, len(known) - 1.0, steps + 1)[:-1]
-    return np.exp(np.interp(at, np.arange(len(known)), known))
+    logs = np.log(np.array(AYS[table]))
+    positions = np.linspace(0.0, len(logs) - 1.0, steps + 1)[:-1]
+    return np.exp(np.interp(positions, np.arange(len(logs)), logs))
 
 
 def beta_quantile(share: FloatArray, a: float = 0.6, b: float = 0.6) -> FloatArray:

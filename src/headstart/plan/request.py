@@ -48,30 +48,30 @@ def pair_up(
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`7`, `3,7` or `0-15`, also mixed (`0-3,8`) -> seeds in that order. Raises InputError."""
     seeds = tuple(map(_seed, parse_numbers(text, "seeds")))
-    if twice := next((seed for seed, times in Counter(seeds).items() if times > 1), None):
+    if repeated := [seed for seed, times in Counter(seeds).items() if times > 1]:
         raise InputError(
-            f"seeds {text[:60]!r}: {twice} is given twice, and would draw the same image again; "
-            "leave one out"
+            f"seeds {text[:60]!r}: {repeated[0]} is given twice, and would draw the same image "
+            "again; leave one out"
         )
     return seeds
 
 
-def parse_numbers(text: str, what: str) -> tuple[int, ...]:
-    """Whole numbers and ranges of them; `what` is their name in errors."""
+def parse_numbers(text: str, noun: str) -> tuple[int, ...]:
+    """Whole numbers and ranges of them; `noun` is their name in errors."""
     numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
         if match is None:
             raise InputError(
-                f"{what} {text[:60]!r}: expected numbers and ranges such as 0-15 or 3,7"
+                f"{noun} {text[:60]!r}: expected numbers and ranges such as 0-15 or 3,7"
             )
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
         if last < first:
-            raise InputError(f"{what} {part.strip()!r}: a range must go up, such as {last}-{first}")
+            raise InputError(f"{noun} {part.strip()!r}: a range must go up, such as {last}-{first}")
         if last - first >= 1_000_000:
             raise InputError(
-                f"{what} {part.strip()!r}: a range of {last - first + 1} {what}; at most 10^6"
+                f"{noun} {part.strip()!r}: a range of {last - first + 1} {noun}; at most 10^6"
             )
         numbers += range(first, last + 1)
     return tuple(numbers)
@@ -90,10 +90,10 @@ def check_size(size: int | tuple[int, int] | None, default: int, multiple: int) 
             f"size: expected pixels, one whole number or (height, width), got {size!r:.60}"
         ) from None
     if min(height, width) < multiple or height % multiple or width % multiple:
-        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+        nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
         raise InputError(
             f"size {height}x{width}: both sides must be positive multiples of {multiple} pixels; "
-            f"the nearest is {near[0]}x{near[1]}, this model's own is {default}x{default}"
+            f"the nearest is {nearest[0]}x{nearest[1]}, this model's own is {default}x{default}"
         )
     return height, width
 
@@ -162,11 +162,11 @@ def _seed(value: object) -> int:
 
 def check_distinct(images: Iterable[Sequence[object]]) -> None:
     """Raise InputError where two images have the same texts and seed; first prompt, then seed."""
-    seen: set[Sequence[object]] = set()
+    distinct: set[Sequence[object]] = set()
     for image in images:
-        if image in seen:
+        if image in distinct:
             raise InputError(
                 f"seed {image[1]} is given twice for prompt {image[0]!r:.60}: it would draw the "
                 "same image again; leave one out"
             )
-        seen.add(image)
+        distinct.add(image)

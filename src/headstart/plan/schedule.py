@@ -17,6 +17,7 @@ from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.ramps import RHO, align_your_steps, exponential, karras
 from headstart.plan.spacing import (
+    SLACK,
     TRAIN_STEPS,
     Interpolation,
     Points,
@@ -244,15 +245,14 @@ class NoiseSchedule:
         Between them "linear" is linear in sigma (diffusers), "log" is linear in log sigma
         (k-diffusion, ComfyUI); at t = 0.5 of Stable Diffusion's schedule that is 1.5 % less.
         """
-        known = self.sigmas
-        at = np.asarray(timestep, dtype=np.float64)
-        if not np.all((at >= 0) & (at <= len(known) - 1)):
-            raise PlanError(f"timesteps must lie in 0 .. {len(known) - 1}, not {_brief(at)}")
-        between: FloatArray = np.interp(at, np.arange(len(known)), _curve(interpolation, known))
+        sigmas, times = self.sigmas, np.asarray(timestep, dtype=np.float64)
+        if not np.all((times >= 0) & (times <= len(sigmas) - 1)):
+            raise PlanError(f"timesteps must lie in 0 .. {len(sigmas) - 1}, not {_brief(times)}")
+        levels = np.interp(times, np.arange(len(sigmas)), _curve(interpolation, sigmas))
         if interpolation == "log":
-            whole = at == np.floor(at)  # exp(log(s)) is not s
-            between = np.where(whole, known[at.astype(np.int64)], np.exp(between))
-        return scalar(between)
+            is_whole = times == np.floor(times)  # exp(log(s)) is not s
+            levels = np.where(is_whole, sigmas[times.astype(np.int64)], np.exp(levels))
+        return scalar(levels)
 
     @overload
     def timestep(self, sigma: float, interpolation: Interpolation = ...) -> float: ...
@@ -262,16 +262,15 @@ class NoiseSchedule:
         self, sigma: float | Floats, interpolation: Interpolation = "linear"
     ) -> float | FloatArray:
         """The inverse of `sigma`: a fractional timestep, exact at the schedule's own levels."""
-        known = self.sigmas
-        at = np.asarray(sigma, dtype=np.float64)
-        # A level from elsewhere (float32, a power and its root) may miss the end by rounding.
-        if not np.all((at >= known[0] * (1 - 1e-6)) & (at <= known[-1] * (1 + 1e-6))):
+        sigmas, levels = self.sigmas, np.asarray(sigma, dtype=np.float64)
+        low, high = sigmas[[0, -1]]
+        if not np.all((levels >= low * (1 - SLACK)) & (levels <= high * (1 + SLACK))):
             raise PlanError(
-                f"sigmas must lie in {known[0]:.6g} .. {known[-1]:.6g}, the levels this schedule "
-                f"has a timestep for, not {_brief(at)}"
+                f"sigmas must lie in {low:.6g} .. {high:.6g}, the levels this schedule has a "
+                f"timestep for, not {_brief(levels)}"
             )
-        levels = _curve(interpolation, known)
-        return scalar(np.interp(_curve(interpolation, at), levels, np.arange(len(known))))
+        curve = _curve(interpolation, sigmas)
+        return scalar(np.interp(_curve(interpolation, levels), curve, np.arange(len(sigmas))))
 
     def amplification(self, timestep: float) -> float:
         """A_t = (1 - a)/a = sigma^2: the variance of x0 that a unit variance of eps causes.

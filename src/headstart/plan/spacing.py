@@ -84,8 +84,8 @@ class Spacing(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
-        known = ", ".join(repr(member.value) for member in cls)
-        raise PlanError(f"unknown spacing {value!r}: expected one of {known}")
+        names = ", ".join(repr(member.value) for member in cls)
+        raise PlanError(f"unknown spacing {value!r}: expected one of {names}")
 
 
 def grid(

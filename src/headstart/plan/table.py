@@ -21,7 +21,7 @@ PURE = 1e6
 COLUMNS = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
 FORMAT = "headstart.table/1"
 _columns = attrgetter(*COLUMNS)
-_WRITTEN = ("name", "start", "schedule", "first", "end_scale", "cut")
+_FIELDS = ("name", "start", "schedule", "first", "end_scale", "cut")
 
 
 class Step(NamedTuple):
@@ -85,8 +85,8 @@ class StepTable:
             raise PlanError(f"first must be a row number of the whole plan, not {self.first}")
         if self.start not in ("sigma", "unit"):
             raise PlanError(f"start must be 'sigma' or 'unit', not {self.start!r}")
-        for index, step in enumerate(self.steps):
-            _check(index, step, self.steps[index + 1] if index + 1 < len(self.steps) else None)
+        for index, pair in enumerate(zip(self.steps, (*self.steps[1:], None), strict=True)):
+            _check(index, *pair)
 
     @property
     def init_scale(self) -> float:
@@ -102,7 +102,7 @@ class StepTable:
     def handoffs(self) -> tuple[int, ...]:
         """Row numbers at which another model takes over."""
         pairs = enumerate(pairwise(self.steps), start=1)
-        return tuple(index for index, (here, after) in pairs if here.model != after.model)
+        return tuple(index for index, (step, after) in pairs if step.model != after.model)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ class StepTable:
         return json.dumps(
             {
                 "format": FORMAT,
-                **{name: getattr(self, name) for name in _WRITTEN},
+                **{name: getattr(self, name) for name in _FIELDS},
                 "columns": Step._fields,
                 "rows": self.steps,
             }
@@ -173,13 +173,13 @@ class StepTable:
             if document["format"] != FORMAT or tuple(document["columns"]) != Step._fields:
                 raise PlanError(f"not a {FORMAT} with columns {', '.join(Step._fields)}")
             return cls(
-                steps=tuple(_read_step(row) for row in document["rows"]),
+                steps=tuple(_step_of(row) for row in document["rows"]),
                 start=document["start"],
                 schedule=str(document["schedule"]),
                 name=str(document["name"]),
                 first=int(document["first"]),
                 end_scale=float(document.get("end_scale", 1.0)),
-                cut=_truth(document.get("cut", False)),
+                cut=_boolean(document.get("cut", False)),
             )
         except PlanError:
             raise
@@ -230,8 +230,8 @@ class StepTable:
         parts = ", ".join(f"{model} {self.passes(model)}" for model in self.models)
         passes = f"{self.passes()} network passes ({parts})"
         end = self.steps[-1].sigma_next
-        ends = f", and ends at sigma {_number(end)}" if end else ""
-        return f"{self.name}: {passes}; x starts as {_number(self.init_scale)} * noise{ends}"
+        ending = f", and ends at sigma {_number(end)}" if end else ""
+        return f"{self.name}: {passes}; x starts as {_number(self.init_scale)} * noise{ending}"
 
 
 def level_text(sigma: float, spec: str = ".4f") -> str:
@@ -256,13 +256,13 @@ def _check(index: int, step: Step, after: Step | None) -> None:
         )
 
 
-def _truth(value: object) -> bool:
+def _boolean(value: object) -> bool:
     if not isinstance(value, bool):
         raise PlanError(f"cut must be true or false, not {value!r:.40}")
     return value
 
 
-def _read_step(row: Any) -> Step:
+def _step_of(row: Any) -> Step:
     model, *numbers, adapters = row
     return Step(
         str(model),

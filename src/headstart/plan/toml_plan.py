@@ -78,8 +78,8 @@ def _leg(number: int, value: object) -> Leg:
         raise PlanError(f"leg {number}: {error}") from error
 
 
-def _check_names(names: Iterable[str], known: set[str]) -> None:
-    if unknown := sorted(set(names) - known):
+def _check_names(names: Iterable[str], fields_: set[str]) -> None:
+    if unknown := sorted(set(names) - fields_):
         raise PlanError(
-            f"unknown {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
+            f"unknown {', '.join(map(repr, unknown))}; known are {', '.join(sorted(fields_))}"
         )

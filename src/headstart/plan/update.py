@@ -72,8 +72,8 @@ class Update(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
-        known = ", ".join(repr(member.value) for member in cls)
-        raise PlanError(f"unknown update {value!r}: expected one of {known}")
+        names = ", ".join(repr(member.value) for member in cls)
+        raise PlanError(f"unknown update {value!r}: expected one of {names}")
 
     def coefficients(self, transition: Transition) -> Coefficients:
         """The coefficients of one transition, in float64."""
@@ -93,63 +93,63 @@ def consistency_boundary(scalings: Scalings, timestep: float) -> Scalings:
     return Scalings(c_in, b_out * c_skip + b_skip * c_in, b_out * c_out)
 
 
-def _euler(at: Transition) -> Coefficients:
-    return Coefficients(keep=at.sigma_next / at.sigma, add=0.0)
+def _euler(step: Transition) -> Coefficients:
+    return Coefficients(keep=step.sigma_next / step.sigma, add=0.0)
 
 
-def _ddim(at: Transition) -> Coefficients:
-    return _ancestral(at, at.eta)
+def _ddim(step: Transition) -> Coefficients:
+    return _ancestral(step, step.eta)
 
 
-def _ancestral(at: Transition, eta: float = 1.0) -> Coefficients:
-    q = at.sigma_next / at.sigma
-    fresh = 1.0 - q * q
-    return Coefficients(q * math.sqrt(1.0 - eta**2 * fresh), eta * at.sigma_next * math.sqrt(fresh))
+def _ancestral(step: Transition, eta: float = 1.0) -> Coefficients:
+    q = step.sigma_next / step.sigma
+    share = 1.0 - q * q
+    add = eta * step.sigma_next * math.sqrt(share)
+    return Coefficients(q * math.sqrt(1.0 - eta**2 * share), add)
 
 
-def _renoise(at: Transition) -> Coefficients:
-    return Coefficients(keep=0.0, add=at.sigma_next)
+def _renoise(step: Transition) -> Coefficients:
+    return Coefficients(keep=0.0, add=step.sigma_next)
 
 
-def _tcd(at: Transition) -> Coefficients:
-    if at.sigma_next == 0.0:
+def _tcd(step: Transition) -> Coefficients:
+    if step.sigma_next == 0.0:
         return Coefficients(keep=0.0, add=0.0)
     # For products that are exactly whole: (1 - 0.3) * 90 is 62.99999999999999 in float64.
-    target = math.floor((1.0 - at.gamma) * at.timestep_next + 1e-6)
+    target = math.floor((1.0 - step.gamma) * step.timestep_next + 1e-6)
     # A leg with its own sigmas can have that level above the row's end.
-    target_sigma = min(at.schedule.sigma(target), at.sigma_next)
-    add = math.sqrt(at.sigma_next**2 - target_sigma**2)
-    return Coefficients(target_sigma / at.sigma, add)
+    target_sigma = min(step.schedule.sigma(target), step.sigma_next)
+    add = math.sqrt(step.sigma_next**2 - target_sigma**2)
+    return Coefficients(target_sigma / step.sigma, add)
 
 
-def _dpmpp_2m(at: Transition) -> Coefficients:
-    q = at.sigma_next / at.sigma
-    return Coefficients(keep=q, add=0.0, carry=_second_order(at, 1.0 - q))
+def _dpmpp_2m(step: Transition) -> Coefficients:
+    q = step.sigma_next / step.sigma
+    return Coefficients(keep=q, add=0.0, carry=_second_order(step, 1.0 - q))
 
 
-def _dpmpp_2m_sde(at: Transition) -> Coefficients:
-    q = at.sigma_next / at.sigma
-    add = at.sigma_next * math.sqrt(1.0 - q * q)
-    return Coefficients(keep=q * q, add=add, carry=_second_order(at, 1.0 - q * q))
+def _dpmpp_2m_sde(step: Transition) -> Coefficients:
+    q = step.sigma_next / step.sigma
+    add = step.sigma_next * math.sqrt(1.0 - q * q)
+    return Coefficients(keep=q * q, add=add, carry=_second_order(step, 1.0 - q * q))
 
 
-def _dpmpp_2s(at: Transition) -> Coefficients:
-    q = at.sigma_next / at.sigma
-    second = at.position % 2 == 1 and at.position < at.length - 1
-    if at.sigma_before is None or not second:
+def _dpmpp_2s(step: Transition) -> Coefficients:
+    q = step.sigma_next / step.sigma
+    is_second = step.position % 2 == 1 and step.position < step.length - 1
+    if step.sigma_before is None or not is_second:
         return Coefficients(keep=q, add=0.0)
-    before = at.sigma / at.sigma_before
-    whole = q * before
-    ratio = math.log(before) / math.log(whole)
-    carry = q * (1.0 - before) - (1.0 - whole) * (1.0 - 1.0 / (2.0 * ratio))
+    q0 = step.sigma / step.sigma_before
+    ratio = math.log(q0) / math.log(q * q0)
+    carry = q * (1.0 - q0) - (1.0 - q * q0) * (1.0 - 1.0 / (2.0 * ratio))
     return Coefficients(keep=q, add=0.0, carry=carry)
 
 
-def _second_order(at: Transition, share: float) -> float:
+def _second_order(step: Transition, share: float) -> float:
     """share/(2r), r = log(s_prev/s)/log(s/s'), of the slope between the last two x0."""
-    if at.sigma_before is None or at.sigma_next == 0.0:
+    if step.sigma_before is None or step.sigma_next == 0.0:
         return 0.0
-    ratio = math.log(at.sigma_before / at.sigma) / -math.log(at.sigma_next / at.sigma)
+    ratio = math.log(step.sigma_before / step.sigma) / -math.log(step.sigma_next / step.sigma)
     return share / (2.0 * ratio)
 
 

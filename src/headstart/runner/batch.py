@@ -50,8 +50,8 @@ class Chunked(NamedTuple):
         size = sum(tensor.nbytes for tensor in first.values())
         if self.spare_bytes is not None and size * (len(parts) - 1) > self.spare_bytes:
             return {}
-        read = [first, *(network.read_prompt(cond[part]) for part in parts[1:])]
-        return {name: torch.cat([fields[name] for fields in read]) for name in first}
+        chunks = [first, *(network.read_prompt(cond[part]) for part in parts[1:])]
+        return {name: torch.cat([tensors[name] for tensors in chunks]) for name in first}
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(i, i + self.rows) for i in range(0, count, self.rows)]

@@ -17,7 +17,7 @@ a module's attributes, and another shape of the same memory.
 
 On SDXL's UNet, 1,751 modules with 1,680 weights, the check of a launch takes 0.06 ms of a CPU, and
 the full check 1.5 to 3 ms (2-core machine under load, no GPU). Reading the addresses is nearly all
-of it. All are compared: a launch must not read memory that belongs to somebody else by now.
+of it. All are compared: a launch must not read memory that was freed and given to another tensor.
 """
 
 # The tables of an nn.Module are private, and torch gives no other way to look at them cheaply.
@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registrations
 from torch.utils.hooks import RemovableHandle
 
-EVERY = 64
+FULL_CHECK = 64
 """Launches from one full check to the next."""
 _address = Tensor.data_ptr
 
 
-class _Registered:
+class _RegistrationCounter:
     """Parameters, buffers and submodules registered in this process since it was imported."""
 
     count = 0
@@ -48,25 +48,25 @@ class _Registered:
         self.count += 1
 
 
-_EVERYWHERE: list[dict[int, Any]] = [
+_GLOBAL_HOOKS: list[dict[int, Any]] = [
     vars(registrations)[f"_global_forward_{event}"] for event in ("pre_hooks", "hooks")
 ]
 """Hooks that the modules of the whole process have."""
-_REGISTERED = _Registered()
-registrations.register_module_parameter_registration_hook(_REGISTERED)
-registrations.register_module_buffer_registration_hook(_REGISTERED)
-registrations.register_module_module_registration_hook(_REGISTERED)
+_REGISTRATIONS = _RegistrationCounter()
+registrations.register_module_parameter_registration_hook(_REGISTRATIONS)
+registrations.register_module_buffer_registration_hook(_REGISTRATIONS)
+registrations.register_module_module_registration_hook(_REGISTRATIONS)
 
 
 class _Generation(NamedTuple):
     """A count over all modules: while it is equal, nothing was registered on any."""
 
-    registered: int
+    registrations: int
     hooks: int
 
     @classmethod
     def now(cls) -> _Generation:
-        return cls(_REGISTERED.count, RemovableHandle.next_id)
+        return cls(_REGISTRATIONS.count, RemovableHandle.next_id)
 
 
 class Binding:
@@ -80,7 +80,7 @@ class Binding:
         roots = [network for network in networks if isinstance(network, nn.Module)]
         modules: list[Any] = [module for root in roots for module in root.modules()]
         self._tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
-        self._end_tables = [end for root in roots for end in _end_tables(root)]
+        self._end_tables = [table for root in roots for table in _end_tables(root)]
         self._end_identities = _identities(self._end_tables)
         hooks = [table for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)]
         self._hooks = list(map(weakref.ref, hooks))  # a hook may hold the network, which may go
@@ -88,7 +88,7 @@ class Binding:
         values = (value for table in self._tables for value in table.values())
         self._weights = [value for value in values if isinstance(value, Tensor)]
         self._addresses = list(map(_address, self._weights))
-        self._hooked = [find for find, table in zip(self._hooks, hooks, strict=True) if table]
+        self._hooked = [ref for ref, table in zip(self._hooks, hooks, strict=True) if table]
         self._numbers = _numbers(self._hooked)
         self._generation: _Generation = _Generation.now()
         self._launches = 0
@@ -97,7 +97,7 @@ class Binding:
     def is_valid(self, *, fully: bool = False) -> bool:
         """Whether nothing has changed; `fully` compares everything."""
         now, self._launches = _Generation.now(), self._launches + 1
-        if fully or now != self._generation or self._launches >= EVERY:
+        if fully or now != self._generation or self._launches >= FULL_CHECK:
             self._generation, self._launches = now, 0
             return self._full_state() == self._state
         return (
@@ -110,12 +110,12 @@ class Binding:
         """Addresses and forms of tensors; modules and `forward` attributes by reference, because a
         new object may get the address of a deleted one; the numbers of hooks, with global ones."""
         state = [_fingerprint(value) for table in self._tables for value in table.values()]
-        tables = [vars(module) for find in self._modules if (module := find()) is not None]
-        overrides = [attributes["forward"] for attributes in tables if "forward" in attributes]
+        attributes = [vars(module) for ref in self._modules if (module := ref()) is not None]
+        overrides = [fields["forward"] for fields in attributes if "forward" in fields]
         state += [
             weakref.ref(forward) for forward in overrides if not getattr(forward, "in_key", False)
         ]
-        return [*state, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]
+        return [*state, *_numbers(self._hooks), *map(tuple, _GLOBAL_HOOKS)]
 
 
 def _end_tables(root: nn.Module) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def _identities(tables: Iterable[dict[str, Any]]) -> list[int]:
 def _numbers(hooks: Iterable[Callable[[], dict[int, Any] | None]]) -> list[int]:
     """The numbers of hooks, which are unique. Hooks of adapters have `in_key` and are left out: the
     key of every graph already has what they do."""
-    tables = (table for find in hooks if (table := find()))
+    tables = (table for ref in hooks if (table := ref()))
     return [
         n for table in tables for n, hook in table.items() if not getattr(hook, "in_key", False)
     ]
@@ -158,7 +158,7 @@ def buffers_of(networks: Iterable[object]) -> Iterator[Tensor]:
 
 def restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Restore the values of tensors, and torch's counts of writes: the tensors did not change."""
-    counted = tuple(tensor for tensor, _ in state if not tensor.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(counted):  # pyright: ignore
+    tensors = tuple(tensor for tensor, _ in state if not tensor.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(tensors):  # pyright: ignore
         for tensor, before in state:
             tensor.copy_(before)

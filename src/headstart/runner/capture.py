@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from headstart.errors import CaptureError, HeadstartError
+from headstart.errors import CaptureError, HeadstartError, first_line
 from headstart.runner.binding import Binding, buffers_of, restore, state_of
 from headstart.runner.cuda import CUDNN_BENCHMARK, Backend, Cuda, Graph
 
@@ -103,7 +103,7 @@ class Site:
         self._pool_bytes = 0
         self._lock = threading.RLock()
         self._graphs: OrderedDict[_Key, _CapturedGraph] = OrderedDict()
-        self._gone: deque[int] = deque()
+        self._deleted: deque[int] = deque()
         self._networks: dict[int, object] = {}
         self._stream: Any = None
         self._pool: Any = None
@@ -138,8 +138,8 @@ class Site:
                 for name, buffer in captured.inputs.items():
                     buffer.copy_(inputs[name])
                 captured.graph.replay()
-                for output, owned in zip(outputs, captured.outputs, strict=True):
-                    output.copy_(owned)
+                for output, buffer in zip(outputs, captured.outputs, strict=True):
+                    output.copy_(buffer)
             caller.wait_stream(self._stream)
         return outputs
 
@@ -172,10 +172,10 @@ class Site:
     ) -> _CapturedGraph:
         if self.dead is not None:
             raise CaptureError(f"no graph is launched on {self.device} any more: {self.dead}")
-        while self._gone:
-            gone = self._gone.popleft()
-            self._networks.pop(gone, None)
-            self._drop([key for key in self._graphs if any(gone == n[0] for n in key.networks)])
+        while self._deleted:
+            network_id = self._deleted.popleft()
+            self._networks.pop(network_id, None)
+            self._drop([k for k in self._graphs if any(network_id == n[0] for n in k.networks)])
         networks = tuple((id(network), *state_of(network)) for network in program.networks)
         key = _Key(program.key, networks, _signature(inputs))
         captured = self._graphs.get(key)
@@ -190,14 +190,14 @@ class Site:
     def _add(self, key: _Key, program: Program, inputs: Tensors, caller: Any) -> _CapturedGraph:
         while len(self._graphs) >= self.max_graphs:
             self._drop([next(iter(self._graphs))])
-        fresh = not self._graphs
+        is_alone = not self._graphs
         self._watch(program.networks)
         captured = self._graphs[key] = self._capture(program, inputs, caller)
         if self.max_bytes is None or self.size_bytes <= self.max_bytes:
             return captured
         size = self.size_bytes
         self.clear()
-        if not fresh:
+        if not is_alone:
             return self._add(key, program, inputs, caller)
         raise CaptureError(
             f"{program.name}: its graph holds {size / 1e6:.1f} MB at these shapes, and "
@@ -228,7 +228,7 @@ class Site:
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
             raise CaptureError(
-                f"{program.name} could not be captured for {shapes}: {_first_line(error)}. A "
+                f"{program.name} could not be captured for {shapes}: {first_line(error)}. A "
                 "captured network may not wait for the device, copy from the host, or allocate by "
                 "value: find the line with tests/evidence/audit.py, or use runner='eager'"
             ) from error
@@ -268,7 +268,7 @@ class Site:
             self._test_capture()
         except RuntimeError as error:
             self.dead = (
-                f"a capture failed and could not be ended ({_first_line(error)}); start the "
+                f"a capture failed and could not be ended ({first_line(error)}); start the "
                 "process anew to have graphs again, or use runner='eager'"
             )
 
@@ -276,10 +276,10 @@ class Site:
         """One small capture, to know that captures still end. Up to torch 2.12 it also ends the
         capture of torch's own generator, which otherwise draws nothing more."""
         with self.backend.stream(self._stream):
-            graph, one = self.backend.CUDAGraph(), torch.zeros(1, device=self.device)
+            graph, number = self.backend.CUDAGraph(), torch.zeros(1, device=self.device)
             pool = self.backend.graph_pool_handle()
             graph.capture_begin(pool, capture_error_mode="thread_local")
-            one.add_(1)
+            number.add_(1)
             graph.capture_end()
         self.backend.synchronize(self.device)
         graph.reset()
@@ -312,7 +312,7 @@ class Site:
                 try:
                     # The garbage collector may call this at any moment, so it only appends.
                     self._networks[id(network)] = None
-                    weakref.finalize(network, self._gone.append, id(network))
+                    weakref.finalize(network, self._deleted.append, id(network))
                 except TypeError:
                     self._networks[id(network)] = network
 
@@ -338,13 +338,10 @@ def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
 def _channels_last(tensor: Tensor) -> bool:
     """Whether an image [B, C, h, w] or a video [B, C, T, h, w] is channels-last."""
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    last = form is not None and tensor.is_contiguous(memory_format=form)
-    return last and not tensor.is_contiguous()
+    if form is None or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=form)
 
 
 def _size_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

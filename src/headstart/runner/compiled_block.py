@@ -21,8 +21,8 @@ from torch.func import functional_call
 from headstart.errors import CaptureError
 from headstart.networks.regions import Addition, ForwardOverride, LayerModifier
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_BLOCK, _ADDED = "block", "added"
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_BLOCK, _ADDITIONS = "block", "additions"
 
 
 class Part(NamedTuple):
@@ -43,9 +43,9 @@ class Part(NamedTuple):
     @property
     def structure(self) -> Hashable:
         tensors = ((name, signature(tensor)) for name, tensor in self.tensors.items())
-        added = (_addition_signature(addition) for addition in self.additions)
+        additions = (_addition_signature(addition) for addition in self.additions)
         settings = _settings(self.path, self.module)
-        return self.path, type(self.module), settings, (*tensors,), (*added,)
+        return self.path, type(self.module), settings, (*tensors,), (*additions,)
 
 
 class Block(NamedTuple):
@@ -64,8 +64,8 @@ class Block(NamedTuple):
     @classmethod
     def of(cls, block: nn.Module) -> Block:
         """Raises CaptureError where a compiler would not see what a layer does."""
-        named = cast("Iterable[tuple[str, nn.Module]]", block.named_modules())
-        parts = [_part(block, path, module) for path, module in named]
+        modules = cast("Iterable[tuple[str, nn.Module]]", block.named_modules())
+        parts = [_part(block, path, module) for path, module in modules]
         return cls(
             parts,
             tuple(part.structure for part in parts),
@@ -81,7 +81,7 @@ class Skeleton(nn.Module):
         super().__init__()
         meta: dict[int, Any] = {}
         self.block = _copy(block.parts[0].module, meta)
-        self.added = nn.ModuleList()
+        self.additions = nn.ModuleList()
         for part in block.parts:
             module = self.block.get_submodule(part.path)
             if part.changed:
@@ -89,19 +89,19 @@ class Skeleton(nn.Module):
                     tensor = part.tensors.get(name)
                     module.register_parameter(name, None if tensor is None else _parameter(tensor))
             for addition in part.additions:
-                self.added.append(_Added(_copy(cast("nn.Module", addition), meta)))
-                module.register_forward_hook(self.added[-1])
+                self.additions.append(_AdditionHook(_copy(cast("nn.Module", addition), meta)))
+                module.register_forward_hook(self.additions[-1])
 
     def forward(self, *args: Any) -> Any:
         return self.block(*args)
 
     def on(self, tensors: dict[str, Tensor], strengths: list[Tensor], args: tuple[Any, ...]) -> Any:
         """The output of a block with these tensors: the function that is compiled."""
-        named = {f"{_ADDED}.{i}.strength": strength for i, strength in enumerate(strengths)}
-        return functional_call(self, tensors | named, args)
+        by_name = {f"{_ADDITIONS}.{i}.strength": tensor for i, tensor in enumerate(strengths)}
+        return functional_call(self, tensors | by_name, args)
 
 
-class _Added(nn.Module):
+class _AdditionHook(nn.Module):
     """A forward hook: adds its change to a layer's output, as the adapter's own hook does."""
 
     strength: Tensor
@@ -130,7 +130,7 @@ def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
     weights = _weights(path, module)
     if weights is not None:
         tensors = {"weight": weights[0]} | ({} if weights[1] is None else {"bias": weights[1]})
-    additions, strengths = (tuple(addition for addition, _ in pairs), tuple(s for _, s in pairs))
+    additions, strengths = tuple(a for a, _ in pairs), tuple(s for _, s in pairs)
     return Part(path, module, tensors, additions, strengths, weights is not None)
 
 
@@ -164,8 +164,9 @@ def _skeleton_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
         prefix = f"{_BLOCK}.{part.path}." if part.path else f"{_BLOCK}."
         yield from ((prefix + name, tensor) for name, tensor in part.tensors.items())
         for addition in part.additions:
-            named = _tensors(cast("nn.Module", addition), recurse=True)
-            yield from ((f"{_ADDED}.{count}.change.{name}", tensor) for name, tensor in named)
+            prefix = f"{_ADDITIONS}.{count}.change."
+            tensors = _tensors(cast("nn.Module", addition), recurse=True)
+            yield from ((prefix + name, tensor) for name, tensor in tensors)
             count += 1
 
 
@@ -175,15 +176,15 @@ def _tensors(module: nn.Module, *, recurse: bool) -> Iterator[tuple[str, Tensor]
 
 
 def _addition_signature(addition: Addition) -> Hashable:
-    named = _tensors(cast("nn.Module", addition), recurse=True)
-    return type(addition), *((name, signature(tensor)) for name, tensor in named)
+    tensors = _tensors(cast("nn.Module", addition), recurse=True)
+    return type(addition), *((name, signature(tensor)) for name, tensor in tensors)
 
 
 def _settings(path: str, module: nn.Module) -> Hashable:
     """A module's attributes that are Python values: numbers, names, choices."""
     settings: list[Hashable] = [module.training]
     for name, value in vars(module).items():
-        if name in _OF_EVERY_MODULE or name == "forward":
+        if name in _MODULE_ATTRIBUTES or name == "forward":
             continue
         try:
             frozen = _freeze(value)
@@ -196,7 +197,7 @@ def _settings(path: str, module: nn.Module) -> Hashable:
 
 def _freeze(value: object) -> Hashable:
     if isinstance(value, list | tuple):
-        return tuple(_freeze(each) for each in cast("Iterable[object]", value))
+        return tuple(_freeze(item) for item in cast("Iterable[object]", value))
     if isinstance(value, Tensor):
         raise TypeError
     return cast("Hashable", value)
@@ -216,18 +217,18 @@ def _copy(module: nn.Module, meta: dict[int, Any]) -> Any:
             meta[id(tensor)] = empty if isinstance(tensor, nn.Parameter) else empty.data
         if "forward" in vars(part):
             meta[id(vars(part)["forward"])] = None
-    twin = deepcopy(module, meta)
-    for part in twin.modules():
+    copy = deepcopy(module, meta)
+    for part in copy.modules():
         vars(part).pop("forward", None)
-    return twin
+    return copy
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
 
 
-def _refuse(path: str, module: nn.Module, what: str) -> NoReturn:
+def _refuse(path: str, module: nn.Module, reason: str) -> NoReturn:
     raise CaptureError(
-        f"{path}: this {type(module).__name__} {what}, and a compiler does not see what that does: "
-        "take it away, or use runner='eager'"
+        f"{path}: this {type(module).__name__} {reason}, and a compiler does not see what that "
+        "does: take it away, or use runner='eager'"
     )

@@ -49,7 +49,7 @@ class CompiledFunction:
     ) -> None:
         self._recorder = _RecordingBackend(_compiler(backend, device))
         self._traced: Function = torch.compile(  # pyright: ignore
-            _own_code(function), backend=self._recorder, fullgraph=True, dynamic=dynamic
+            _with_new_code(function), backend=self._recorder, fullgraph=True, dynamic=dynamic
         )
         self._direct: _Direct | None = None
         self._called, self._guarded = False, guarded or dynamic
@@ -119,10 +119,9 @@ class _RecordingBackend:
 
 def _positions(objects: Sequence[object], among: Sequence[object]) -> list[int] | None:
     """The position of each object; None where one is missing."""
-    position = {id(each): i for i, each in enumerate(among)}
-    if not all(id(each) in position for each in objects):
-        return None
-    return [position[id(each)] for each in objects]
+    position_of = {id(item): i for i, item in enumerate(among)}
+    positions = [position_of.get(id(item)) for item in objects]
+    return None if None in positions else cast("list[int]", positions)
 
 
 def _compiler(backend: Backend, device: str) -> Function:
@@ -142,7 +141,7 @@ def _inductor(options: dict[str, Any], graph: torch.fx.GraphModule, examples: li
     return compile_fx(graph, examples, config_patches=options)
 
 
-def _own_code(function: Function) -> Function:
+def _with_new_code(function: Function) -> Function:
     """A copy that dynamo counts separately: its limit of 8 versions is for each code object."""
 
     def run(*args: Any) -> Any:

@@ -40,7 +40,7 @@ class Row(NamedTuple):
     model: str
     guided: bool
     draws: bool
-    whole: bool
+    whole_timestep: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +66,10 @@ class TrajectoryBody:
 
     def __post_init__(self) -> None:
         rows = tuple(
-            Row(s.model, s.guidance != 1.0, s.add != 0.0, s.timestep.is_integer())
-            for s in self.table
+            Row(s.model, s.passes == 2, s.add != 0.0, s.timestep.is_integer()) for s in self.table
         )
         object.__setattr__(self, "rows", rows)
-        missing = sorted({row.model for row in rows} - set(self.denoisers))
-        if missing:
+        if missing := sorted({row.model for row in rows} - set(self.denoisers)):
             raise InputError(
                 f"the plan names model(s) {missing}, but there are networks for "
                 f"{sorted(self.denoisers)}: add the missing one"
@@ -115,9 +113,8 @@ class TrajectoryBody:
         ]
         columns = tuple(None if adapter is None else adapter.columns for adapter in adapters)
         key = (self.rows, self.shape, self.codec_dtype, self.keep_x0, setting(), columns)
-        key = *key, self.steady
         networks = (*networks, self.codec, *parts)
-        return Program("the trajectory", self.body, networks, key)
+        return Program("the trajectory", self.body, networks, (*key, self.steady))
 
     def inputs(
         self,
@@ -127,10 +124,10 @@ class TrajectoryBody:
         by_row: Mapping[str, Tensor],
     ) -> Tensors:
         device, table = cond.context.device, self.table
-        steps = sorted({name for step in table for name, _ in step.adapters})
-        if steps and not by_row:
+        names = sorted({name for step in table for name, _ in step.adapters})
+        if names and not by_row:
             raise InputError(
-                f"rows of this plan set adapter(s) {steps}: give their strengths as a field of the "
+                f"rows of this plan set adapter(s) {names}: give their strengths as a field of the "
                 "conditioning in by_row=, or sample with an Engine that has them attached"
             )
         tensors = {
@@ -160,16 +157,16 @@ class TrajectoryBody:
         With keys for the rows, the start may still be another source's."""
         keys = keys_of(noise)
         if keys is not None:
-            numbers = (np.array(k, np.uint64).astype(np.int64) for k in (keys.seeds, keys.samples))
-            tensors = dict(
-                zip(_KEYS, (_to_device(value, device) for value in numbers), strict=True)
-            )
+            values = dict(zip(_KEYS, (keys.seeds, keys.samples), strict=True))
+            tensors = {
+                name: _to_device(np.array(numbers, np.uint64).astype(np.int64), device)
+                for name, numbers in values.items()
+            }
             initial = {} if noise is keys else {_INITIAL: noise.initial(self.shape, device)}
             return tensors | initial
-        drawn = [i for i, row in enumerate(self.rows) if row.draws]
         tensors = {_INITIAL: noise.initial(self.shape, device)}
-        if drawn:
-            tensors["noise"] = torch.stack([noise.step(i, self.shape, device) for i in drawn])
+        if rows := [number for number, row in enumerate(self.rows) if row.draws]:
+            tensors["noise"] = torch.stack([noise.step(n, self.shape, device) for n in rows])
         return tensors
 
     def body(self, inputs: Tensors) -> tuple[Tensor, ...]:
@@ -230,7 +227,7 @@ class TrajectoryBody:
         return torch.empty(size, dtype=torch.uint8, device=x.device)
 
     def _conditioning(self, row: Row, x_in: Tensor, inputs: Tensors) -> Conditioning:
-        """What the rows like this one are conds, but for what row_fields with the row."""
+        """The conditioning of all rows of this form, without the fields of `_row_fields`."""
         cond = unnamed(inputs)
         if row.guided:
             cond = Conditioning.cat((unnamed(inputs, "uncond."), cond))
@@ -253,7 +250,7 @@ class TrajectoryBody:
     ) -> Tensor:
         network, step = self.denoisers[row.model], inputs["step"].view(1)
         timestep = inputs["table"][:, _TIMESTEP].index_select(0, step).expand(len(x_in))
-        timestep = timestep.to(torch.int64) if row.whole else timestep.contiguous()
+        timestep = timestep.to(torch.int64) if row.whole_timestep else timestep.contiguous()
         return network(x_in, timestep, prompts.of(network, cond))
 
     def _first_input(self, x: Tensor, table: Tensor, step: Tensor) -> Tensor:

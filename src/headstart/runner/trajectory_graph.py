@@ -114,7 +114,7 @@ class TrajectoryGraph:
         """The program of a call, and its inputs: for `Site.prepare`, and for an audit."""
         if isinstance(cast("object", cond), ByLevel) or isinstance(cast("object", uncond), ByLevel):
             raise InputError(
-                "one graph of a whole run is told one Conditioning: give fields that change with "
+                "one graph of a whole run has one Conditioning: give fields that change with "
                 "the row as by_row=, or run a ByLevel with headstart.sample and graph runners"
             )
         adapters = {name: adapters_of(n, cond) for name, n in self.denoisers.items()}
@@ -129,8 +129,7 @@ def _require_finite(outcome: Outcome, table: StepTable) -> None:
     for number, (step, finite) in enumerate(zip(table, outcome.finite_rows.cpu(), strict=True)):
         require_finite(number, step.model, finite)
     good = cast(list[bool], outcome.finite_pixels.tolist())  # pyright: ignore[reportUnknownMemberType]
-    bad = [sample for sample, fine in enumerate(good) if not fine]
-    if bad:
+    if bad := [sample for sample, is_good in enumerate(good) if not is_good]:
         raise InputError(
             f"the decoder gave NaN or infinity for sample(s) {bad}: a half-precision decoder "
             "overflowed; use float32 or bfloat16 for it"

@@ -57,26 +57,26 @@ def moments(strips: Sequence[Strip]) -> list[float]:
 
 def row_at(strip: Strip, timestep: float) -> int | None:
     """Index of the looked-at row that a plan is in at this level; None before its first."""
-    begun = [i for i, step in enumerate(strip.steps) if step.timestep >= timestep]
-    return begun[-1] if begun else None
+    indices = [i for i, step in enumerate(strip.steps) if step.timestep >= timestep]
+    return indices[-1] if indices else None
 
 
 def animate(strips: Sequence[Strip], *, title: str) -> Animation:
     """One frame a moment, then the finished images."""
-    levels: list[float | None] = [*moments(strips), None]
-    frames = tuple(_draw(strips, level, title) for level in levels)
+    frames = tuple(_draw(strips, level, title) for level in (*moments(strips), None))
     return Animation(frames, (*[STEP_MS] * (len(frames) - 1), LAST_MS))
 
 
 def _draw(strips: Sequence[Strip], timestep: float | None, title: str) -> Image.Image:
     cell, top, x = cell_px(strips[0].final), _MARGIN + _TITLE_PX + 20, _MARGIN
     across = [max(1, round(len(strip.seeds) ** 0.5)) for strip in strips]
-    wide = [max(n * (cell + GAP) - GAP, _LEAST) for n in across]
+    widths = [max(n * (cell + GAP) - GAP, _LEAST) for n in across]
     lines = max(-(-len(strip.seeds) // n) for strip, n in zip(strips, across, strict=True))
-    whole = 2 * _MARGIN + sum(wide) + _APART * (len(strips) - 1)
-    paper = Paper.of((whole, top + _HEAD_PX + lines * (cell + GAP) + _MARGIN))
-    paper.write((_MARGIN, _MARGIN - 6), title, _TITLE_PX, INK, room=whole - 2 * _MARGIN)
-    for strip, count, room in zip(strips, across, wide, strict=True):
+    inner = sum(widths) + _APART * (len(strips) - 1)
+    height = top + _HEAD_PX + lines * (cell + GAP) + _MARGIN
+    paper = Paper.of((inner + 2 * _MARGIN, height))
+    paper.write((_MARGIN, _MARGIN - 6), title, _TITLE_PX, INK, room=inner)
+    for strip, count, room in zip(strips, across, widths, strict=True):
         _draw_plan(paper, strip, timestep, (x, top), (cell, count, room))
         x += room + _APART
     return paper.image
@@ -86,10 +86,10 @@ def _draw_plan(
     paper: Paper,
     strip: Strip,
     timestep: float | None,
-    at: tuple[int, int],
+    corner: tuple[int, int],
     sizes: tuple[int, int, int],
 ) -> None:
-    (x, y), (cell, across, room) = at, sizes
+    (x, y), (cell, across, room) = corner, sizes
     index = None if timestep is None else row_at(strip, timestep)
     state, colour, share = "finished", GREY, 1.0
     images, good = strip.final, np.ones(len(strip.seeds), bool)
@@ -102,8 +102,8 @@ def _draw_plan(
     paper.write((x, y), strip.name, _NAME_PX, INK, room=room)
     paper.write((x, y + 26), state, TINY_PX, colour, room=room)
     paper.bar((x, y + 48), room, share, colour)
-    drawn = [picture if good[n] else None for n, picture in enumerate(scaled(images, cell))]
-    paper.pictures((x, y + _HEAD_PX), drawn, cell, across)
+    pictures = [picture if good[n] else None for n, picture in enumerate(scaled(images, cell))]
+    paper.pictures((x, y + _HEAD_PX), pictures, cell, across)
 
 
 def _montage(frames: Sequence[Image.Image]) -> Image.Image:

@@ -142,7 +142,7 @@ def branch(
 def changed(
     table: StepTable,
     first: int,
-    known: Pair,
+    weights: Pair,
     *,
     model: str | None = None,
     guidance: float | None = None,
@@ -154,21 +154,22 @@ def changed(
     leg is. Raises PlanError for an unknown model, a level that it has no timestep for, or a
     guidance below 0.
     """
-    if model is not None and model not in known.predictions:
-        raise PlanError(f"no model {model!r} to switch to: there is {', '.join(known.predictions)}")
+    if model is not None and model not in weights.predictions:
+        models = ", ".join(weights.predictions)
+        raise PlanError(f"no model {model!r} to switch to: there is {models}")
     if guidance is not None and not 0.0 <= guidance < float("inf"):
         raise PlanError(f"guidance must be a finite number >= 0, not {guidance!r}")
     rows = list(table.steps[:first])
     for row in table.steps[first:]:
         if model is not None:
-            row = _switched(row, model, known)
+            row = _switched(row, model, weights)
         if guidance is not None:
             row = row._replace(guidance=float(guidance))
         if row.carry and rows[-1].model != row.model:
             row = row._replace(carry=0.0)
         rows.append(row)
-    ran = {row.model: known.schedules[row.model] for row in rows}
-    return replace(table, steps=tuple(rows), schedule=fingerprint_of(ran))
+    schedules = {row.model: weights.schedules[row.model] for row in rows}
+    return replace(table, steps=tuple(rows), schedule=fingerprint_of(schedules))
 
 
 def check_heard(prompt: str, table: StepTable, first: int) -> None:
@@ -176,21 +177,21 @@ def check_heard(prompt: str, table: StepTable, first: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the run itself warns
         parts = stages(prompt)
-    read = part_of_rows([part.level for part in parts], table)[first:]
-    if idle := [part.text for number, part in enumerate(parts) if number not in read]:
+    numbers = part_of_rows([part.level for part in parts], table)[first:]
+    if unused := [part.text for number, part in enumerate(parts) if number not in numbers]:
         raise InputError(
-            f"prompt {prompt!r:.80}: {idle[0]!r:.60} is for rows before row {first}, from which on "
-            "this prompt holds, so it would never be used: leave it out, or go on from an earlier "
-            "row"
+            f"prompt {prompt!r:.80}: {unused[0]!r:.60} is for rows before row {first}, from which "
+            "on this prompt holds, so it would never be used: leave it out, or go on from an "
+            "earlier row"
         )
 
 
-def _switched(row: Step, model: str, known: Pair) -> Step:
+def _switched(row: Step, model: str, weights: Pair) -> Step:
     """The row by another model; LCM's boundary stays folded in where it was."""
-    timestep, schedule = row.timestep, known.schedules[model]
-    if schedule != known.schedules[row.model]:
+    timestep, schedule = row.timestep, weights.schedules[model]
+    if schedule != weights.schedules[row.model]:
         timestep = schedule.timestep(row.sigma, "log")
-    before, after = known.predictions[row.model], known.predictions[model]
+    before, after = weights.predictions[row.model], weights.predictions[model]
     if before is after and timestep == row.timestep:
         return row._replace(model=model)
     scalings = after.scalings(row.sigma)

@@ -97,11 +97,6 @@ class Decoder:
             )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its name where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def decoder(engine: Engine, name: DecoderName = "tiny") -> Decoder:
     """A decoder for what this engine samples.
 
@@ -150,13 +145,13 @@ def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
 
 def _factors(lineage: str) -> LinearPreview:
     if lineage == "demo":
-        fitted = headstart_weights.manifest().linear_rgb
-        rows = tuple((r, g, b) for r, g, b in fitted.factors)
-        red, green, blue = fitted.bias
+        linear = headstart_weights.manifest().linear_rgb
+        rows = tuple((r, g, b) for r, g, b in linear.factors)
+        red, green, blue = linear.bias
         return LinearPreview(rows, (red, green, blue))
     if lineage not in LINEAR_PREVIEWS:
-        known = ", ".join(["demo", *LINEAR_PREVIEWS])
-        raise InputError(f"no linear map for {lineage!r} latents: there is one for {known}")
+        names = ", ".join(["demo", *LINEAR_PREVIEWS])
+        raise InputError(f"no linear map for {lineage!r} latents: there is one for {names}")
     return LINEAR_PREVIEWS[lineage]
 
 
@@ -169,10 +164,7 @@ def _tiny(weights: Pair) -> Decoder:
             "decoder 'linear' or 'full'"
         )
     if isinstance(codec, TinyVae) and codec.decoder is not None:
-        params, (channels, side) = (
-            codec.decoder.params,
-            (weights.latent_channels, weights.downscale),
-        )
+        params, channels, side = codec.decoder.params, weights.latent_channels, weights.downscale
         if (params.latent_channels, params.downscale) != (channels, side):
             raise InputError(
                 f"the tiny decoder reads {params.latent_channels} channels and draws "
@@ -218,19 +210,20 @@ def _check_colours(tiny: Decoder, weights: Pair) -> None:
     rgb, edge = tiny(probe).rgb, 2 * tiny.scale  # zero padding tints the outer cells
     colours = rgb[:, edge:-edge, edge:-edge].float().mean((1, 2)).cpu()
     slopes = (colours[: tiny.channels] - colours[tiny.channels :]).flatten()
-    maps = {lineage: torch.tensor(known.matrix) for lineage, known in LINEAR_PREVIEWS.items()}
-    alike = {
-        latent_space(lineage): float(F.cosine_similarity(slopes, known.flatten(), dim=0))
-        for lineage, known in maps.items()
-        if len(known) == tiny.channels
+    cosines = {
+        latent_space(lineage): float(
+            F.cosine_similarity(slopes, torch.tensor(preview.matrix).flatten(), dim=0)
+        )
+        for lineage, preview in LINEAR_PREVIEWS.items()
+        if len(preview.matrix) == tiny.channels
     }
-    own = latent_space(weights.lineage)
-    best = max(alike, key=lambda space: alike[space])
-    if best != own and alike[best] > 0.9 and alike[own] < 0.8:
+    space = latent_space(weights.lineage)
+    best = max(cosines, key=lambda name: cosines[name])
+    if best != space and cosines[best] > 0.9 and cosines[space] < 0.8:
         raise InputError(
-            f"the tiny decoder has the colours of {best} latents (cosine {alike[best]:.2f} with "
-            f"their linear map, {alike[own]:.2f} with that of {own}), and these are {own} latents: "
-            f"load the {own} decoder, such as {_TINY_FILES[own]}"
+            f"the tiny decoder has the colours of {best} latents (cosine {cosines[best]:.2f} with "
+            f"their linear map, {cosines[space]:.2f} with that of {space}), and these are {space} "
+            f"latents: load the {space} decoder, such as {_TINY_FILES[space]}"
         )
 
 

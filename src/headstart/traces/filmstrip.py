@@ -18,7 +18,7 @@ from headstart.pictures.chart import Curve, draw_panel
 from headstart.pictures.lettering import ACCENT, FAINT, GREY, INK, PAPER, cut, width, wrapped
 from headstart.pictures.paper import MARGIN, SMALL_PX, TINY_PX, Paper, cell_px, framed, scaled
 from headstart.plan.table import level_text
-from headstart.traces.strip import Placed, Strip, place
+from headstart.traces.strip import Layout, Strip, lay_out
 from headstart.traces.timeline import Timeline
 
 _LABEL, _GAP, _APART, _BLOCK_GAP = 290, 14, 40, 54
@@ -31,13 +31,15 @@ PHRASE_COLOURS = ("#7b2d8b", "#1b7f5c", "#b7791f", "#2563a8", "#a3324e")
 
 
 class _Grid(NamedTuple):
-    """Where columns stand, in pixels; the last column is the finished image."""
+    """Where columns stand, in pixels; the last column is the finished image.
+
+    scores   the lowest and the highest in any plan's timeline: one scale for all
+    """
 
     left: int
     cell: int
     steps: int
     scores: tuple[float, float]
-    """The lowest and highest score that any plan's timeline has to show."""
 
     def x(self, column: int) -> int:
         return self.left + column * (self.cell + _GAP)
@@ -58,13 +60,13 @@ def draw_filmstrip(
     strips: Sequence[Strip], *, title: str, subtitle: str, footer: str, most: int = 8
 ) -> Image.Image:
     """Draw the sheet with at most `most` columns of steps beside the finished images."""
-    count, placed = place(strips, most)
+    count, layouts = lay_out(strips, most)
     grid = _Grid(MARGIN + _LABEL, cell_px(strips[0].final), count, _score_range(strips))
     heights = [_height(strip, grid) for strip in strips]
     body = sum(heights) + (len(strips) - 1) * _BLOCK_GAP + 40
     paper, y = framed(grid.right + MARGIN, body, title=title, subtitle=subtitle, footer=footer)
-    for strip, where, height in zip(strips, placed, heights, strict=True):
-        _Block(paper, strip, where, grid, y).draw()
+    for strip, layout, height in zip(strips, layouts, heights, strict=True):
+        _Block(paper, strip, layout, grid, y).draw()
         y += height + _BLOCK_GAP
     return paper.image
 
@@ -87,8 +89,8 @@ def _score_range(strips: Sequence[Strip]) -> tuple[float, float]:
     """One scale for all, so that plans can be compared by eye."""
     timelines = [strip.timeline for strip in strips if strip.timeline is not None]
     courses = [c.beyond for timeline in timelines for seed in timeline.courses for c in seed]
-    known = [float(v) for row in courses for v in row[np.isfinite(row)]]
-    return max(_LOWEST, min([*known, 0.0])), max([*known, 1.0])
+    scores = [float(v) for row in courses for v in row[np.isfinite(row)]]
+    return max(_LOWEST, min([*scores, 0.0])), max([*scores, 1.0])
 
 
 def _chart_px(timeline: Timeline) -> int:
@@ -100,7 +102,7 @@ class _Block(NamedTuple):
 
     paper: Paper
     strip: Strip
-    where: Placed
+    layout: Layout
     grid: _Grid
     y: int
 
@@ -133,28 +135,27 @@ class _Block(NamedTuple):
         if self.strip.from_step is None:
             passes = self.strip.table.passes()
             notes = [(f"{passes} network pass{'es' * (passes != 1)}", GREY)]
-            shown, steps = len(self.where.shown), len(self.strip.table)
-            return notes + [(f"{shown} of {steps} steps shown", GREY)] * (shown < steps)
-        lines = wrapped(change, SMALL_PX, room, between=" ", most=3)
-        notes = [(line, ACCENT) for line in lines]
+            count, steps = len(self.layout.indices), len(self.strip.table)
+            return notes + [(f"{count} of {steps} steps shown", GREY)] * (count < steps)
+        notes = [(line, ACCENT) for line in wrapped(change, SMALL_PX, room, between=" ", most=3)]
         if self.strip.moved is not None:
             notes.append((f"moved by {self.strip.moved.value:.3f}", GREY))
         return notes
 
     def _heads(self) -> None:
-        for index, column in zip(*self.where, strict=True):
+        for index, column in zip(*self.layout, strict=True):
             step, x = self.strip.steps[index], self.grid.centre(column)
             head = f"step {self.strip.rows[index]} · t {step.timestep:.4g}"
             self.paper.write((x, self.y + 18), head, TINY_PX, INK, anchor="ms")
             level = f"sigma {level_text(step.sigma, '.3g')}"
             self.paper.write((x, self.y + 38), level, TINY_PX, anchor="ms")
-        at = (self.grid.final + self.grid.cell / 2, self.y + 38)
-        self.paper.write(at, "finished image", TINY_PX, INK, anchor="ms")
+        centre = (self.grid.final + self.grid.cell / 2, self.y + 38)
+        self.paper.write(centre, "finished image", TINY_PX, INK, anchor="ms")
 
     def _legs(self, y: int, bottom: int) -> None:
         """A bar a model over its columns, until the next one takes over; the hand-off is a line."""
-        (shown, columns), grid, begin = self.where, self.grid, self.strip.branches_at
-        models = [self.strip.steps[index].model for index in shown]
+        (indices, columns), grid, begin = self.layout, self.grid, self.strip.branches_at
+        models = [self.strip.steps[index].model for index in indices]
         starts = [k for k, model in enumerate(models) if k == 0 or model != models[k - 1]]
         ends = [*(columns[k] for k in starts[1:]), grid.steps]
         lines: dict[int, list[str]] = {}
@@ -165,7 +166,7 @@ class _Block(NamedTuple):
             self.paper.write((left + 9, y + 10), model, TINY_PX, PAPER, anchor="lm", room=room)
             if k:
                 lines[left] = ["hand-off"]
-        later = [c for index, c in zip(shown, columns, strict=True) if index >= (begin or 0)]
+        later = [c for index, c in zip(indices, columns, strict=True) if index >= (begin or 0)]
         if begin is not None and later:
             lines.setdefault(grid.x(later[0]), []).append("branch")
         for left, words in lines.items():
@@ -176,13 +177,12 @@ class _Block(NamedTuple):
 
     def _line(self, line: int, y: int) -> None:
         paper, strip, cell, final = self.paper, self.strip, self.grid.cell, self.grid.final
-        middle = y + cell // 2
-        seed = _seed(strip.seeds[line])
+        middle, seed = y + cell // 2, _seed(strip.seeds[line])
         paper.write((self.grid.left - 20, middle), seed, SMALL_PX, anchor="rm")
-        columns = [self.grid.x(column) for column in self.where.columns]
+        indices, columns = self.layout.indices, list(map(self.grid.x, self.layout.columns))
         paper.pen.line((columns[0], middle, final, middle), FAINT, 2)
-        pictures = scaled(strip.frames[list(self.where.shown), line], cell)
-        for index, x, picture in zip(self.where.shown, columns, pictures, strict=True):
+        pictures = scaled(strip.frames[list(indices), line], cell)
+        for index, x, picture in zip(indices, columns, pictures, strict=True):
             good = bool(strip.good[index, line])
             paper.picture((x, y), picture if good else None, cell)
             if not good:
@@ -203,8 +203,8 @@ class _Block(NamedTuple):
         def level(score: float) -> float:
             return 8 + (tall - 16) * (1.0 - (max(score, low) - low) / reach)
 
-        shown = [grid.centre(column) - grid.left for column in self.where.columns]
-        xs = np.interp(np.arange(len(self.strip.rows)), self.where.shown, shown)
+        centres = [grid.centre(column) - grid.left for column in self.layout.columns]
+        xs = np.interp(np.arange(len(self.strip.rows)), self.layout.indices, centres)
         means = [timeline.mean(number) for number in range(len(timeline.phrases))]
         curves: list[Curve] = []
         for number, mean in enumerate(means):
@@ -217,10 +217,10 @@ class _Block(NamedTuple):
         self.paper.image.paste(panel, (grid.left, y))
         for number, mean in enumerate(means):
             if math.isfinite(last := float(mean[-1])):
-                at = (grid.left + float(xs[-1]) + 14, y + level(last))
-                self.paper.write(at, f"{last:.2f}", TINY_PX, _phrase_colour(number), anchor="lm")
-        at = (grid.right, y + level(1.0) - 6)
-        self.paper.write(at, "there from 1", TINY_PX, anchor="rb")
+                end = (grid.left + float(xs[-1]) + 14, y + level(last))
+                self.paper.write(end, f"{last:.2f}", TINY_PX, _phrase_colour(number), anchor="lm")
+        corner = (grid.right, y + level(1.0) - 6)
+        self.paper.write(corner, "there from 1", TINY_PX, anchor="rb")
 
     def _legend(self, timeline: Timeline, y: int) -> None:
         for number, phrase in enumerate(timeline.phrases):
@@ -244,8 +244,8 @@ def _points(
 
 def _paler(colour: str) -> str:
     """Two thirds of the way to the paper."""
-    parts = zip(*(bytes.fromhex(name[1:]) for name in (colour, PAPER)), strict=True)
-    return "#" + "".join(f"{(own + 2 * paper) // 3:02x}" for own, paper in parts)
+    channels = zip(bytes.fromhex(colour[1:]), bytes.fromhex(PAPER[1:]), strict=True)
+    return "#" + "".join(f"{(channel + 2 * paper) // 3:02x}" for channel, paper in channels)
 
 
 def _fate(strip: Strip, timeline: Timeline, phrase: int) -> str:
@@ -253,10 +253,10 @@ def _fate(strip: Strip, timeline: Timeline, phrase: int) -> str:
     if timeline.nulls[phrase] is None:
         return "not asked for"
     courses = [seed[phrase] for seed in timeline.courses]
-    seen = sum(course.appears is not None for course in courses)
-    if not seen:
+    count = sum(course.appears is not None for course in courses)
+    if not count:
         return "never there"
     if len(courses) == 1:
         return f"there {courses[0].fate(strip.rows)}"
     dropped = sum(course.dropped for course in courses)
-    return f"there in {seen} of {len(courses)}" + (f", dropped in {dropped}" if dropped else "")
+    return f"there in {count} of {len(courses)}" + (f", dropped in {dropped}" if dropped else "")

@@ -38,7 +38,7 @@ def _plan(strip: Strip) -> dict[str, Any]:
         **plan,
         "seeds": [str(seed) for seed in strip.seeds],  # beyond 2^53 JavaScript has no integers
         "images": [
-            [_uri(picture) if fine else None for picture, fine in zip(row, good, strict=True)]
+            [_uri(picture) if is_good else None for picture, is_good in zip(row, good, strict=True)]
             for row, good in zip(strip.frames, strip.good, strict=True)
         ],
         "final": [_uri(picture) for picture in strip.final],

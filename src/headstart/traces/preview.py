@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headstart.errors import InputError
+from headstart.errors import InputError, first_line
 from headstart.sampler import State
-from headstart.traces.decoders import Decoder, HostPicture, Picture, first_line
+from headstart.traces.decoders import Decoder, HostPicture, Picture
 from headstart_kernels import LinearMap
 
 
@@ -87,7 +87,7 @@ class SideStream:
             self._start(slot, decoder, x0)
         except Exception as error:  # raised by finish, once the device has done what was started
             failure = error
-        slot.done.record(self.stream)
+        slot.finished.record(self.stream)
         return lambda: self._finish(slot, failure)
 
     def _start(self, slot: _Slot, decoder: Decoder, x0: Tensor) -> None:
@@ -102,7 +102,7 @@ class SideStream:
             slot.finite.copy_(picture.finite, non_blocking=True)
 
     def _finish(self, slot: _Slot, failure: Exception | None) -> HostPicture:
-        slot.done.synchronize()
+        slot.finished.synchronize()
         try:
             if failure is not None:
                 raise failure
@@ -111,18 +111,15 @@ class SideStream:
             self._free.put(slot)
 
 
-_NOTHING = torch.empty(0)
-
-
 @dataclass(slots=True)
 class _Slot:
     """Buffers for one frame on its way; made on first use and for another size of run."""
 
     ready: Any
-    done: Any
-    x0: Tensor = field(default_factory=lambda: _NOTHING)
-    rgb: Tensor = field(default_factory=lambda: _NOTHING)
-    finite: Tensor = field(default_factory=lambda: _NOTHING)
+    finished: Any
+    x0: Tensor = field(default_factory=lambda: torch.empty(0))
+    rgb: Tensor = field(default_factory=lambda: torch.empty(0))
+    finite: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def fit(self, x0: Tensor, rgb_shape: tuple[int, ...], pin: bool) -> None:
         if self.x0.shape == x0.shape and self.rgb.shape == rgb_shape:
@@ -170,15 +167,13 @@ class Preview:
         self.slots = slots
         self.dropped = 0
         self.problems: list[str] = []
-        self._deliver: Callable[[Frame], object] = (
-            deliver if callable(deliver) else deliver.put_nowait
-        )
-        self._own = lane
+        self._deliver = deliver if callable(deliver) else deliver.put_nowait
+        self._lane = lane
         self._lanes: dict[torch.device, Lane] = {}
         self._slots = threading.BoundedSemaphore(slots)
         self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._raised: Exception | None = None
+        self._error: Exception | None = None
         self._reported = 0
 
     @property
@@ -208,14 +203,14 @@ class Preview:
         elif decoder.device is not None:  # before a lane has it: its streams are of one device
             source = source.to(decoder.device)
         try:
-            finish = self._opened(source.device).begin(decoder, source)
+            finish = self._lane_on(source.device).begin(decoder, source)
         except queue.Empty:  # of a lane with fewer slots than this preview
             self._slots.release()
             self.dropped += 1
             return
         except Exception as error:
             self._slots.release()
-            self._failed(state.step, error)
+            self._note(state.step, f"failed: {first_line(error)}")
             return
         self._pending.put((state.step, finish))
         if self._thread is None:
@@ -237,18 +232,18 @@ class Preview:
             self._pending.put(None)
             self._thread.join()
             self._thread = None
-        raised, self._raised = self._raised, None
-        if raised is not None and quiet:
-            self.problems.append(f"the receiver failed: {type(raised).__name__}: {raised}")
+        error, self._error = self._error, None
+        if error is not None and quiet:
+            self.problems.append(f"the receiver failed: {type(error).__name__}: {error}")
         new, self._reported = self.problems[self._reported :], len(self.problems)
         if new:
             warnings.warn(f"preview: {'; '.join(new)}", stacklevel=3)
-        if raised is not None and not quiet:
-            raise raised
+        if error is not None and not quiet:
+            raise error
 
-    def _opened(self, device: torch.device) -> Lane:
-        if self._own is not None:
-            return self._own
+    def _lane_on(self, device: torch.device) -> Lane:
+        if self._lane is not None:
+            return self._lane
         if device not in self._lanes:
             on_gpu = device.type == "cuda"
             self._lanes[device] = SideStream(device, self.slots) if on_gpu else HostLane()
@@ -260,28 +255,23 @@ class Preview:
             try:
                 self._hand_over(step, finish())
             except Exception as error:
-                self._failed(step, error)
+                self._note(step, f"failed: {first_line(error)}")
             finally:
                 self._slots.release()
 
-    def _hand_over(self, step: int, drawn: HostPicture) -> None:
-        bad = tuple(np.flatnonzero(~drawn.finite).tolist())
+    def _hand_over(self, step: int, picture: HostPicture) -> None:
+        bad = tuple(np.flatnonzero(~picture.finite).tolist())
         if bad:
-            self.problems.append(
-                f"step {step}: the {self.decoder.name} decoder gave NaN or infinity for sample(s) "
-                f"{list(bad)}"
-            )
+            self._note(step, f"gave NaN or infinity for sample(s) {list(bad)}")
         try:
-            self._deliver(Frame(step, drawn.rgb, bad))
+            self._deliver(Frame(step, picture.rgb, bad))
         except queue.Full:
             self.dropped += 1
         except Exception as error:
-            self._raised = self._raised or error
+            self._error = self._error or error
 
-    def _failed(self, step: int, error: Exception) -> None:
-        self.problems.append(
-            f"step {step}: the {self.decoder.name} decoder failed: {first_line(error)}"
-        )
+    def _note(self, step: int, problem: str) -> None:
+        self.problems.append(f"step {step}: the {self.decoder.name} decoder {problem}")
 
 
 def _ready(rgb: Tensor) -> Picture:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from headstart.metrics.resample import Interval, finite_or_none
 from headstart.plan.table import Step, StepTable, level_text
-from headstart.traces.structure import Measured
+from headstart.traces.structure import Measurements
 from headstart.traces.timeline import Timeline
 
 
@@ -22,7 +22,7 @@ from headstart.traces.timeline import Timeline
 class Strip:
     """What one plan aimed at, row by row; S looked-at rows, B seeds.
 
-    name       of the plan, as it is shown
+    name       of the plan, for captions
     table      all rows; rows: the numbers of those looked at, the last always among them
     frames     uint8 [S, B, h, w, 3], x0 by the trace's decoder
     good       [S, B], False where the decoder failed
@@ -39,7 +39,7 @@ class Strip:
     frames: NDArray[np.uint8]
     good: NDArray[np.bool_]
     final: NDArray[np.uint8]
-    measured: Measured
+    measured: Measurements
     timeline: Timeline | None = None
     from_step: int | None = None
     moved: Interval | None = None
@@ -105,39 +105,39 @@ class Strip:
         return f": moves the image by {value:.3f}{ends}"
 
 
-class Placed(NamedTuple):
-    """Which looked-at rows of a strip are shown, and in which columns: both ascending."""
+class Layout(NamedTuple):
+    """Indices of the looked-at rows of a strip that a sheet shows, and their columns, ascending."""
 
-    shown: tuple[int, ...]
+    indices: tuple[int, ...]
     columns: tuple[int, ...]
 
 
-def place(strips: Sequence[Strip], most: int) -> tuple[int, list[Placed]]:
-    """Columns in use, at most `most`, and where each strip's rows stand among them."""
+def lay_out(strips: Sequence[Strip], most: int) -> tuple[int, list[Layout]]:
+    """Columns in use, at most `most`, and the layout of each strip in them."""
     longest = max(strips, key=lambda strip: len(strip.rows))
     count = min(most, len(longest.rows))
     levels = [longest.steps[i].timestep for i in _thinned(longest, count)]
-    placed: list[Placed] = []
+    layouts: list[Layout] = []
     for strip in strips:
-        shown = _thinned(strip, count)
-        placed.append(Placed(shown, _nearest([strip.steps[i].timestep for i in shown], levels)))
-    return count, placed
+        indices = _thinned(strip, count)
+        timesteps = [strip.steps[i].timestep for i in indices]
+        layouts.append(Layout(indices, _nearest(timesteps, levels)))
+    return count, layouts
 
 
 def _thinned(strip: Strip, count: int) -> tuple[int, ...]:
     """`count` rows evenly, with the first and the last, and with the row of each hand-off."""
-    have = len(strip.rows)
-    if have <= count:
-        return tuple(range(have))
+    total = len(strip.rows)
+    if total <= count:
+        return tuple(range(total))
     if count == 1:
-        return (have - 1,)
-    shown = [round(value) for value in np.linspace(0, have - 1, count).tolist()]
-    wanted = {*strip.joints} | ({strip.branches_at} - {None})
-    for joint in sorted(row for row in wanted if row is not None and row not in shown):
-        inner = range(1, count - 1)
-        if inner:
-            shown[min(inner, key=lambda i: abs(shown[i] - joint))] = joint
-    return tuple(sorted(set(shown)))
+        return (total - 1,)
+    indices = [round(value) for value in np.linspace(0, total - 1, count).tolist()]
+    joints = {*strip.joints, strip.branches_at} - {None, *indices}
+    if inner := range(1, count - 1):
+        for joint in sorted(filter(None, joints)):
+            indices[min(inner, key=lambda i: abs(indices[i] - joint))] = joint
+    return tuple(sorted(set(indices)))
 
 
 def _nearest(timesteps: Sequence[float], levels: Sequence[float]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from headstart.spaces.extractor import Array, Extractor
 
 
 class Space(NamedTuple):
-    """What pictures are compared in, and how; both are named beside every number.
+    """The features and the measure by which pictures are compared.
 
     pair  features [..., d] of two pictures -> a squared length [...], 0 where they are equal
     """
@@ -67,13 +67,13 @@ class Figures(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: an interval is [value, low, high], and what does not exist is null."""
-        plain = self._asdict()
+        fields = self._asdict()
         for name in ("distance", "share", "spread"):
-            plain[name] = [finite_or_none(part) for part in plain[name]]
-        return plain
+            fields[name] = [finite_or_none(part) for part in fields[name]]
+        return fields
 
 
-class Measured(NamedTuple):
+class Measurements(NamedTuple):
     """distance and share [S, B] of every row and seed, NaN where there was no picture."""
 
     distance: Array
@@ -121,7 +121,7 @@ def measure(
     good: NDArray[np.bool_],
     blank: NDArray[np.uint8] | None,
     space: Space,
-) -> Measured:
+) -> Measurements:
     """Numbers of rows `steps` from their pictures.
 
     steps   (number in the plan, row) of each looked-at row; the last is the plan's last
@@ -136,23 +136,23 @@ def measure(
     pictures = flat if blank is None else np.concatenate([flat, blank[None]])
     flat_features = features_of(space, pictures)
     features = flat_features[: count * batch].reshape(count, batch, -1)
-    none = None if blank is None else flat_features[-1:]
-    known = good & good[-1]
+    blank_features = None if blank is None else flat_features[-1:]
     distance, share = (
-        np.where(known, own, np.nan) for own in toward(features, features[-1], none, space)
+        np.where(good & good[-1], values, np.nan)
+        for values in toward(features, features[-1], blank_features, space)
     )
-    apart = np.stack([between(row, space) for row in features])
-    apart = np.where(good[:, :, None] & good[:, None], apart, np.nan)
+    distances = np.stack([between(row, space) for row in features])
+    distances = np.where(good[:, :, None] & good[:, None], distances, np.nan)
     figures = tuple(
         Figures(
             *(number, row.model, row.timestep, row.sigma, row.sigma**2),
             _mean(distance[index]),
             _mean(share[index]),
-            _spread(apart[index]),
+            _spread(distances[index]),
         )
         for index, (number, row) in enumerate(steps)
     )
-    return Measured(distance, share, figures)
+    return Measurements(distance, share, figures)
 
 
 def features_of(space: Space, rgb: NDArray[np.uint8]) -> Array:
@@ -168,16 +168,16 @@ def toward(features: Array, last: Array, blank: Array | None, space: Space) -> t
 
     blank  [1, d], of the picture of nothing; None, or equal to a last picture: its share is NaN
     """
-    distance = _apart(features, last, space)
+    distance = _distance(features, last, space)
     scale = np.full(len(last), np.nan)
     if blank is not None:
-        scale = _apart(np.broadcast_to(blank, last.shape), last, space)
+        scale = _distance(np.broadcast_to(blank, last.shape), last, space)
     return distance, 1.0 - np.sqrt(distance / np.where(scale > 0.0, scale, np.nan))
 
 
 def between(features: Array, space: Space) -> Array:
     """Distances [B, B] of one row's seeds [B, d]; one against all at a time, for the memory."""
-    return np.stack([space.pair(own, features) for own in features])
+    return np.stack([space.pair(seed, features) for seed in features])
 
 
 def moved(images: NDArray[np.uint8], original: NDArray[np.uint8], space: Space) -> Interval:
@@ -186,29 +186,29 @@ def moved(images: NDArray[np.uint8], original: NDArray[np.uint8], space: Space) 
     return _mean(space.pair(features[: len(images)], features[len(images) :]))
 
 
-def _apart(a: Array, b: Array, space: Space) -> Array:
+def _distance(a: Array, b: Array, space: Space) -> Array:
     """0 where features are equal: their cosine rounds to 1e-16."""
     return np.where((a == b).all(-1), 0.0, space.pair(a, b))
 
 
 def _mean(values: Array) -> Interval:
     """Mean over seeds, with a bootstrap interval where there are at least two."""
-    known = values[np.isfinite(values)]
-    return bootstrap_mean(known) if len(known) else Interval(math.nan)
+    finite = values[np.isfinite(values)]
+    return bootstrap_mean(finite) if len(finite) else Interval(math.nan)
 
 
-def _spread(apart: Array) -> Interval:
+def _spread(distances: Array) -> Interval:
     """Mean off the diagonal of [B, B]; a seed drawn twice is not a pair (see `bootstrap_seeds`)."""
-    known = np.isfinite(np.diagonal(apart))
-    apart, n = apart[np.ix_(known, known)], int(known.sum())
+    seeds = np.flatnonzero(np.isfinite(np.diagonal(distances)))
+    distances, n = distances[np.ix_(seeds, seeds)], len(seeds)
     if n < 2:
         return Interval(math.nan)
-    np.fill_diagonal(apart, 0.0)
-    value = float(apart.sum() / (n * (n - 1)))
+    np.fill_diagonal(distances, 0.0)
+    value = float(distances.sum() / (n * (n - 1)))
     if n == 2:  # every resample with a pair in it has this one
         return Interval(value)
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
     weights = counts.astype(np.float64)
     pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
     weights, pairs = weights[pairs > 0], pairs[pairs > 0]
-    return percentiles(value, np.einsum("ri,ij,rj->r", weights, apart, weights) / pairs)
+    return percentiles(value, np.einsum("ri,ij,rj->r", weights, distances, weights) / pairs)

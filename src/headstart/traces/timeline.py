@@ -37,10 +37,10 @@ FALSE_RATE = 0.01
 LEAST_UNASKED = 10
 """Phrases that a margin is measured with, at least."""
 _JOINTS = r"(?:and|or|with|in|on|of|at|by|near|beside|under|over)"
-_ASIDE = """art drawing illustration image painting photo photograph picture portrait rendering
+_MEDIA = """art drawing illustration image painting photo photograph picture portrait rendering
 sketch style view back front middle side top"""
 _ARTICLES = frozenset(("a", "an", "the", "and", "or", "of", "with", "in", "on"))
-_NO_CONCEPT = frozenset(_ASIDE.split())
+_NO_CONCEPT = frozenset(_MEDIA.split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,21 +130,20 @@ class Timeline:
     def mean(self, phrase: int) -> Array:
         """[S], over the seeds that have a picture."""
         beyond = np.stack([seed[phrase].beyond for seed in self.courses])
-        known = np.isfinite(beyond)
-        total = np.where(known, beyond, 0.0).sum(0)
-        return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+        finite = np.isfinite(beyond)
+        total = np.where(finite, beyond, 0.0).sum(0)
+        return np.where(finite.any(0), total / np.maximum(finite.sum(0), 1), np.nan)
 
     def fates(self, seeds: Sequence[int], rows: Sequence[int]) -> list[str]:
         """A line for each phrase: where it was there, by seed."""
         lines: list[str] = []
         for number, (phrase, null) in enumerate(zip(self.phrases, self.nulls, strict=True)):
+            if null is None:
+                lines.append(f"  {phrase!r}: not asked for")
+                continue
             pairs = zip(seeds, self.courses, strict=True)
             fates = [f"seed {seed} {courses[number].fate(rows)}" for seed, courses in pairs]
-            lines.append(
-                f"  {phrase!r}: not asked for"
-                if null is None
-                else f"  {phrase!r}, beyond {null.without!r}: {'; '.join(fates)}"
-            )
+            lines.append(f"  {phrase!r}, beyond {null.without!r}: {'; '.join(fates)}")
         return lines
 
     def to_json(self, seeds: Sequence[int], steps: Sequence[int]) -> dict[str, Any]:
@@ -240,8 +239,8 @@ def watch(
     phrases = check_phrases(phrases)
     words = (*phrases, *scorer.unasked)
     scores = _scores(pictures, words, scorer) if controls else np.empty(0)
-    distinct = {id(control): control for control in controls.values()}
-    excesses = {key: scores - _scores(own, words, scorer) for key, own in distinct.items()}
+    runs = {id(control): control for control in controls.values()}
+    excesses = {key: scores - _scores(run, words, scorer) for key, run in runs.items()}
     beyond: list[Array] = []
     nulls: list[Null | None] = []
     for number, phrase in enumerate(phrases):
@@ -249,8 +248,8 @@ def watch(
         if (control := controls.get(phrase)) is not None:
             excess = excesses[id(control)]
             unasked = unasked_of(scorer.unasked, (pictures.prompt, control.prompt, phrase))
-            others = excess[:, :, len(phrases) :][:, :, unasked]
-            course, null = _beyond(excess[:, :, number], others, control.prompt)
+            decoys = excess[:, :, len(phrases) :][:, :, unasked]
+            course, null = _beyond(excess[:, :, number], decoys, control.prompt)
         beyond.append(course)
         nulls.append(null)
     pairs = [*zip(phrases, beyond, strict=True)]
@@ -266,25 +265,25 @@ def watch(
     )
 
 
-def _beyond(excess: Array, others: Array, without: str) -> tuple[Array, Null]:
+def _beyond(excess: Array, decoys: Array, without: str) -> tuple[Array, Null]:
     """[S, B] of a phrase and [S, B, D] of those nobody asked for -> how far it is beyond them."""
-    margins = margins_of(others)
+    margins = margins_of(decoys)
     with np.errstate(invalid="ignore"):
-        ever = (others > margins[:, None, None] * (1 + 1e-9)).any(0)
-    return excess / margins[:, None], Null(without, margins, ever.size, int(ever.sum()))
+        crossed = (decoys > margins[:, None, None] * (1 + 1e-9)).any(0)
+    return excess / margins[:, None], Null(without, margins, crossed.size, int(crossed.sum()))
 
 
 def margins_of(excess: Array, rate: float = FALSE_RATE) -> Array:
     """[S, B, D] of phrases that nobody asked for -> the margin of each row [S]; NaN: no picture."""
-    known = np.isfinite(excess).any((1, 2))
+    rows = np.isfinite(excess).any((1, 2))
     margins = np.full(len(excess), np.nan)
-    if not known.any():
+    if not rows.any():
         return margins
-    seen = excess[known]
-    scale = np.maximum(np.nanquantile(np.abs(seen), 0.9, axis=(1, 2)), 1e-6)
-    highest = np.where(np.isfinite(seen), seen / scale[:, None, None], -np.inf).max(0)
+    values = excess[rows]
+    scale = np.maximum(np.nanquantile(np.abs(values), 0.9, axis=(1, 2)), 1e-6)
+    highest = np.where(np.isfinite(values), values / scale[:, None, None], -np.inf).max(0)
     reach = np.quantile(highest, 1.0 - rate, method="higher")
-    margins[known] = scale * max(1.0, float(reach))
+    margins[rows] = scale * max(1.0, float(reach))
     return margins
 
 
@@ -295,8 +294,8 @@ def unasked_of(
 
     Raises InputError for fewer than `least`.
     """
-    named = {word for text in texts for word in _words(text)}
-    numbers = [i for i, phrase in enumerate(phrases) if not named & set(_words(phrase))]
+    words = {word for text in texts for word in _words(text)}
+    numbers = [i for i, phrase in enumerate(phrases) if words.isdisjoint(_words(phrase))]
     if len(numbers) < least:
         raise InputError(
             f"only {len(numbers)} phrases are left that nobody asked for, and a margin needs "

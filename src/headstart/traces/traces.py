@@ -16,29 +16,16 @@ from PIL import Image
 
 import headstart_weights
 from headstart.engine.trajectory import Trajectory
-from headstart.errors import InputError
+from headstart.errors import InputError, first_line
 from headstart.metrics.features import SCORER, open_features
 from headstart.traces.animation import Animation, animate
 from headstart.traces.branches import Branch
-from headstart.traces.decoders import Decoder, first_line
+from headstart.traces.decoders import Decoder
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.page import write_page
 from headstart.traces.strip import Strip
-from headstart.traces.structure import (
-    Figures,
-    Space,
-    feature_space,
-    measure,
-    moved,
-    pixel_space,
-)
-from headstart.traces.timeline import (
-    ConceptScorer,
-    DecodedRun,
-    curves_text,
-    phrase_of,
-    watch,
-)
+from headstart.traces.structure import Figures, Space, feature_space, measure, moved, pixel_space
+from headstart.traces.timeline import ConceptScorer, DecodedRun, curves_text, phrase_of, watch
 
 Traced: TypeAlias = Trajectory | Branch
 """A finished run, or one that went on from a step of it."""
@@ -143,7 +130,7 @@ def trace(
     it has seen anything. Raises InputError for runs without x0, for a decoder of another family,
     and for a family that the bundled scorer was not made for.
     """
-    runs = _named(trajectories)
+    runs = _by_name(trajectories)
     if every < 1:
         raise InputError(f"every is at least 1, got {every}")
     for name, run in runs.items():
@@ -156,16 +143,15 @@ def trace(
     strips: list[Strip] = []
     for name, run in runs.items():
         rows = looked_at(len(run.table), longest, every)
-        twins = _controls(name, run, controls or {}, phrases)
-        shown = {id(twin): twin for twin in (run, *twins.values())}
-        seen = {
-            key: _decode(name, twin, rows, decoder, problems, on_step)
-            for key, twin in shown.items()
+        controls_of = _controls(name, run, controls or {}, phrases)
+        runs_of = {id(other): other for other in (run, *controls_of.values())}
+        pictures = {
+            key: _decode(name, other, rows, decoder, problems, on_step)
+            for key, other in runs_of.items()
         }
-        _, frames, good = seen[id(run)]
-        against = {phrase: seen[id(twin)] for phrase, twin in twins.items()}
-        chosen = space or _space(lineage, frames.shape[2:4])
-        space = chosen
+        _, frames, good = pictures[id(run)]
+        decoded_controls = {phrase: pictures[id(other)] for phrase, other in controls_of.items()}
+        space = space or _space(lineage, frames.shape[2:4])
         steps = [(row, run.table[row]) for row in rows]
         blank = _blank(run, decoder) if good.any() else None
         strips.append(
@@ -178,9 +164,9 @@ def trace(
                 frames=frames,
                 good=good,
                 final=run.rgb.cpu().numpy(),
-                measured=measure(steps, frames, good, blank, chosen),
-                timeline=scorer and watch(seen[id(run)], phrases, against, scorer),
-                **_changed(run, chosen),
+                measured=measure(steps, frames, good, blank, space),
+                timeline=scorer and watch(pictures[id(run)], phrases, decoded_controls, scorer),
+                **_branch_fields(run, space),
             )
         )
     assert space is not None
@@ -193,11 +179,11 @@ def trace(
     )
 
 
-def _changed(run: Traced, space: Space) -> dict[str, Any]:
+def _branch_fields(run: Traced, space: Space) -> dict[str, Any]:
     if not isinstance(run, Branch):
         return {}
-    far = moved(run.rgb.cpu().numpy(), run.original.cpu().numpy(), space)
-    return {"from_step": run.from_step, "moved": far}
+    distance = moved(run.rgb.cpu().numpy(), run.original.cpu().numpy(), space)
+    return {"from_step": run.from_step, "moved": distance}
 
 
 def looked_at(count: int, longest: int, every: int) -> tuple[int, ...]:
@@ -234,17 +220,17 @@ def _space(lineage: str | None, size: tuple[int, ...]) -> Space:
     return pixel_space(size[0], size[1])
 
 
-def _named(trajectories: Mapping[str, Traced] | Sequence[Traced]) -> dict[str, Traced]:
+def _by_name(trajectories: Mapping[str, Traced] | Sequence[Traced]) -> dict[str, Traced]:
     if isinstance(trajectories, Mapping):
-        named = dict(trajectories)
+        runs = dict(trajectories)
     else:
-        named = {run.table.name: run for run in trajectories}
         names = [run.table.name for run in trajectories]
-        if twice := next((name for name in named if names.count(name) > 1), None):
-            raise InputError(f"two runs are called {twice!r}: give them as {{name: run}}")
-    if not named:
+        runs = dict(zip(names, trajectories, strict=True))
+        if repeated := [name for name in runs if names.count(name) > 1]:
+            raise InputError(f"two runs are called {repeated[0]!r}: give them as {{name: run}}")
+    if not runs:
         raise InputError("a trace needs at least one run")
-    return named
+    return runs
 
 
 def _check(name: str, run: Traced, decoder: Decoder) -> None:
@@ -277,20 +263,16 @@ def _decode(
     for index, row in enumerate(rows):
         try:
             parts = (run.x0[row][i : i + run.chunk] for i in range(0, batch, run.chunk))
-            drawn = [decoder(part) for part in parts]
-            frames[index] = torch.cat([picture.rgb for picture in drawn]).cpu().numpy()
-            good[index] = torch.cat([picture.finite for picture in drawn]).cpu().numpy()
+            pictures = [decoder(part) for part in parts]
+            frames[index] = torch.cat([picture.rgb for picture in pictures]).cpu().numpy()
+            good[index] = torch.cat([picture.finite for picture in pictures]).cpu().numpy()
         except (RuntimeError, ValueError) as error:
-            problems.append(
-                f"{name}, step {row}: the {decoder.name} decoder failed: {first_line(error)}"
-            )
+            problem = f"failed: {first_line(error)}"
         else:
-            if not good[index].all():
-                bad = [run.seeds[i] for i in np.flatnonzero(~good[index]).tolist()]
-                problems.append(
-                    f"{name}, step {row}: the {decoder.name} decoder gave NaN or infinity for "
-                    f"seed(s) {bad}"
-                )
+            bad = [run.seeds[i] for i in np.flatnonzero(~good[index]).tolist()]
+            problem = f"gave NaN or infinity for seed(s) {bad}" if bad else ""
+        if problem:
+            problems.append(f"{name}, step {row}: the {decoder.name} decoder {problem}")
         if on_step is not None:
             on_step()
     return DecodedRun(run.prompts[0], frames, good)
@@ -303,9 +285,9 @@ def _controls(
     phrases: Sequence[str],
 ) -> dict[str, Traced]:
     """The run without each phrase that has one. Raises InputError for one of another plan."""
-    if stray := sorted(set(controls) - set(phrases)):
-        raise InputError(f"a control for {stray[0]!r}, which is not watched: add it to phrases")
-    twins: dict[str, Traced] = {}
+    if unknown := sorted(set(controls) - set(phrases)):
+        raise InputError(f"a control for {unknown[0]!r}, which is not watched: add it to phrases")
+    controls_of: dict[str, Traced] = {}
     for phrase, runs in controls.items():
         control = runs.get(name)
         if control is None:
@@ -315,8 +297,8 @@ def _controls(
                 f"the control of {phrase!r} is no twin of run {name!r}: sample it with the same "
                 "plan and seeds, and keep_x0=True"
             )
-        twins[phrase] = control
-    return twins
+        controls_of[phrase] = control
+    return controls_of
 
 
 def _blank(run: Traced, decoder: Decoder) -> NDArray[np.uint8]:
