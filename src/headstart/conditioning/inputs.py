@@ -54,7 +54,7 @@ class Inputs:
     @property
     def samples(self) -> dict[str, int]:
         """Option -> how many samples it has."""
-        counts = {name: max(map(len, _parts(cond))) for name, cond in self.conds.items()}
+        counts = {name: max(map(len, conditionings(cond))) for name, cond in self.conds.items()}
         return counts if self.noise is None else {**counts, "noise": len(self.noise)}
 
     def differing(self, rows: Sequence[int]) -> list[str]:
@@ -62,14 +62,14 @@ class Inputs:
         return [
             name
             for name, cond in self.conds.items()
-            if any(_differ(part, rows) for part in _parts(cond))
+            if any(_differ(part, rows) for part in conditionings(cond))
         ]
 
     @property
     def conds(self) -> dict[str, Cond]:
         """`cond` and `uncond`, where they were handed in."""
-        named = {"cond": self.cond, "uncond": self.uncond}
-        return {name: cond for name, cond in named.items() if cond is not None}
+        options = (("cond", self.cond), ("uncond", self.uncond))
+        return {name: cond for name, cond in options if cond is not None}
 
 
 def _differ(part: Conditioning, rows: Sequence[int]) -> bool:
@@ -82,12 +82,13 @@ def _differ(part: Conditioning, rows: Sequence[int]) -> bool:
     )
 
 
-def _parts(cond: Cond) -> list[Conditioning]:
+def conditionings(cond: Cond | None) -> list[Conditioning]:
+    """Each part of it; none of None."""
     return [part for part in cond_parts(cond) if isinstance(part, Conditioning)]
 
 
 def has_time_ids(cond: Cond) -> bool:
-    return any(part.time_ids is not None for part in _parts(cond))
+    return any(part.time_ids is not None for part in conditionings(cond))
 
 
 def read_inputs(
@@ -98,12 +99,12 @@ def read_inputs(
     time_ids   SDXL's sizes, for a conditioning that has none
     """
 
-    def checked(name: str) -> Cond | None:
+    def read(name: str) -> Cond | None:
         if (cond := options.get(name)) is None:
             return None
-        return map_parts(cond, lambda part: _checked(name, part, text, device, time_ids))
+        return map_parts(cond, lambda part: _read_part(name, part, text, device, time_ids))
 
-    cond, uncond, noise = checked("cond"), checked("uncond"), options.get("noise")
+    cond, uncond, noise = read("cond"), read("uncond"), options.get("noise")
     if isinstance(noise, Tensor):
         _check_finite(Given(noise))  # which refuses tensors of other shapes
     elif isinstance(noise, Given):
@@ -113,9 +114,8 @@ def read_inputs(
             "noise: expected a tensor [B, C, h, w] of unit normals for the start, or a source such "
             f"as headstart.Given, got {type(noise).__name__}"
         )
-    parts = () if cond is None or uncond is None else (*_parts(cond), *_parts(uncond))
-    counts = {part.context.shape[1] for part in parts}
-    if len(counts) > 1:
+    counts = {part.context.shape[1] for part in conditionings(cond) + conditionings(uncond)}
+    if cond is not None and uncond is not None and len(counts) > 1:
         raise InputError(
             f"cond and uncond have {' and '.join(map(str, sorted(counts)))} tokens: a guided call "
             "holds both, so give both as many"
@@ -124,10 +124,10 @@ def read_inputs(
 
 
 def _check_finite(noise: Given) -> None:
-    drawn = {"noise": noise.initial_noise}
-    drawn |= {f"noise, row {row}": own for row, own in enumerate(noise.steps) if own is not None}
-    for name, own in drawn.items():
-        if not own.isfinite().all():
+    tensors = {"noise": noise.initial_noise}
+    tensors |= {f"noise, row {row}": n for row, n in enumerate(noise.steps) if n is not None}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
             raise InputError(f"{name} holds NaN or infinity: expected unit normals")
 
 
@@ -168,7 +168,7 @@ def noise_source(
     return noise
 
 
-def _checked(
+def _read_part(
     name: str, cond: object, text: ClipText, device: torch.device, time_ids: tuple[int, ...]
 ) -> Conditioning:
     if not isinstance(cond, Conditioning):
@@ -180,17 +180,11 @@ def _checked(
         raise InputError(
             f"{name}: the engine sets its strengths and adapters: give them as adapters="
         )
-    width = text.context_dim
     pooled = cast("int", text.towers[-1].params.projection) if reads_sizes(text) else None  # pyright: ignore
-    _check_shape(f"{name}.context", cond.context, "[B, tokens, {}]", (None, width))
+    ids = None if pooled is None else (6,)
+    _check_shape(f"{name}.context", cond.context, "[B, tokens, {}]", (None, text.context_dim))
     _check_shape(f"{name}.pooled", cond.pooled, "[B, {}]", None if pooled is None else (pooled,))
-    _check_shape(
-        f"{name}.time_ids",
-        cond.time_ids,
-        "[B, {}]",
-        None if pooled is None else (6,),
-        optional=True,
-    )
+    _check_shape(f"{name}.time_ids", cond.time_ids, "[B, {}]", ids, optional=True)
     for part, tensor in cond.tensors.items():
         if len(tensor) != len(cond):
             raise InputError(f"{name}.{part} has {len(tensor)} samples, its context {len(cond)}")
@@ -198,8 +192,8 @@ def _checked(
             raise InputError(f"{name}.{part} holds NaN or infinity: give finite numbers")
     cond = cond.to(device)
     if pooled is not None and cond.time_ids is None:
-        ids = torch.tensor([time_ids] * len(cond), dtype=torch.float32, device=device)
-        cond = replace(cond, time_ids=ids)
+        rows = torch.tensor([time_ids] * len(cond), dtype=torch.float32, device=device)
+        cond = replace(cond, time_ids=rows)
     return cond
 
 
@@ -222,7 +216,7 @@ def _check_shape(
         raise InputError(f"{name}: expected {expected}, as these networks read it, got none")
     shape = tensor.shape[1:]
     fits = tensor.ndim == len(axes) + 1 and tensor.numel() and tensor.is_floating_point()
-    if not fits or any(axis not in (None, own) for axis, own in zip(axes, shape, strict=True)):
+    if not fits or any(axis not in (None, size) for axis, size in zip(axes, shape, strict=True)):
         raise InputError(
             f"{name}: expected floats {expected}, as these networks read it, got {tensor.dtype} "
             f"{list(tensor.shape)}"
@@ -230,12 +224,12 @@ def _check_shape(
 
 
 def digests(inputs: Inputs, latent: tuple[int, ...], table: StepTable) -> dict[str, str]:
-    """SHA-256 of every tensor that was handed in, by option and field."""
+    """SHA-256 of every tensor of the caller, by option and field."""
     sums: dict[str, str] = {}
     for name, cond in inputs.conds.items():
-        for number, part in enumerate(_parts(cond)):
-            at = f"{name}[{number}]" if isinstance(cond, ByLevel) else name
-            sums |= {f"{at}.{n}": _digest(t) for n, t in part.tensors.items()}
+        for number, part in enumerate(conditionings(cond)):
+            label = f"{name}[{number}]" if isinstance(cond, ByLevel) else name
+            sums |= {f"{label}.{n}": _digest(t) for n, t in part.tensors.items()}
         if isinstance(cond, ByLevel):
             levels = repr([level for level, _ in cond.parts])
             sums[f"{name}.levels"] = hashlib.sha256(levels.encode()).hexdigest()

@@ -1,6 +1,6 @@
 """The lengths of texts that share a call: each is repeated until all are equally long.
 
-context = own, own, ...        softmax over keys that are repeated n times is that over the keys
+context = text, text, ...      softmax over keys that are repeated n times is that over the keys
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import cast
 
 from torch import Tensor
 
-from headstart.by_level import cond_by_row, cond_parts, map_parts
-from headstart.conditioning.inputs import Cond
+from headstart.by_level import cond_by_row, map_parts
+from headstart.conditioning.inputs import Cond, conditionings
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.pieces import MAX_PLACES
@@ -23,13 +23,13 @@ from headstart.plan.table import StepTable
 def common_length(lengths: Iterable[int], piece: int) -> int:
     """The length to which the texts of a call are repeated. Raises InputError for more than
     MAX_PLACES pieces."""
-    own = sorted(set(lengths))
-    common = math.lcm(*own)
-    if common > max(own[-1], MAX_PLACES * piece):
+    counts = sorted(set(lengths))
+    common = math.lcm(*counts)
+    if common > max(counts[-1], MAX_PLACES * piece):
         raise InputError(
-            f"cond, uncond and the texts of this call are {', '.join(map(str, own))} tokens long; "
-            f"each is repeated until all are equally long, which takes {common} tokens, and at "
-            f"most {MAX_PLACES * piece} are allowed: give them lengths that divide each other"
+            f"cond, uncond and the texts of this call are {', '.join(map(str, counts))} tokens "
+            f"long; each is repeated until all are equally long, which takes {common} tokens, and "
+            f"at most {MAX_PLACES * piece} are allowed: give them lengths that divide each other"
         )
     return common
 
@@ -49,8 +49,7 @@ def repeat_to(cond: Cond, tokens: int) -> Cond:
 
 def token_counts(cond: Cond | None) -> list[int]:
     """Tokens of each part."""
-    parts = cond_parts(cond)
-    return [part.context.shape[1] for part in parts if isinstance(part, Conditioning)]
+    return [part.context.shape[1] for part in conditionings(cond)]
 
 
 def tokens_of(cond: Cond, table: StepTable, piece: int) -> list[tuple[int, ...]]:
@@ -58,22 +57,20 @@ def tokens_of(cond: Cond, table: StepTable, piece: int) -> list[tuple[int, ...]]
 
     Waits for the device, once a text.
     """
-    known: dict[int, tuple[int, ...]] = {}
     rows = cond_by_row(cond, table)
-    for part in rows:
-        if isinstance(part, Conditioning) and id(part) not in known:
-            known[id(part)] = _own(part.context, piece)
-    return [known[id(part)] for part in rows]
+    parts = {id(part): part for part in rows if isinstance(part, Conditioning)}
+    periods = {key: _periods(part.context, piece) for key, part in parts.items()}
+    return [periods[id(part)] for part in rows]
 
 
-def _own(context: Tensor, piece: int) -> tuple[int, ...]:
-    """The shortest beginning of each [L, D] that, repeated, is the whole of it."""
+def _periods(context: Tensor, piece: int) -> tuple[int, ...]:
+    """Of each [L, D] the length of the shortest beginning that, repeated, is the whole of it."""
     length = context.shape[1]
-    own = [length] * len(context)
+    periods = [length] * len(context)
     if length % piece == 0:
         shorter = [n for n in range(piece, length, piece) if length % n == 0]
         for tokens in reversed(shorter):
-            again = context[:, :tokens].repeat(1, length // tokens, 1)
-            same = cast("list[bool]", (again == context).flatten(1).all(1).tolist())  # pyright: ignore
-            own = [tokens if one else longer for one, longer in zip(same, own, strict=True)]
-    return tuple(own)
+            repeated = context[:, :tokens].repeat(1, length // tokens, 1)
+            same = cast("list[bool]", (repeated == context).flatten(1).all(1).tolist())  # pyright: ignore
+            periods = [tokens if s else longer for s, longer in zip(same, periods, strict=True)]
+    return tuple(periods)

@@ -16,7 +16,7 @@ from headstart.conditioning.tags import TAG
 from headstart.errors import InputError
 
 _ARROW = re.compile(r"(?<![-<=])--?>|→")
-_LIKE = re.compile(r"[-=~–—]>|[⇒➔➜➝⟶]")
+_LOOKALIKE = re.compile(r"[-=~–—]>|[⇒➔➜➝⟶]")
 """Characters that a user may have typed for an arrow."""
 _LEVEL = (
     r"\b(?:below\s+sigma\s+(?P<sigma>\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
@@ -36,57 +36,57 @@ class Stage(NamedTuple):
     text: str
 
 
-def stages(typed: str) -> tuple[Stage, ...]:
+def stages(prompt: str) -> tuple[Stage, ...]:
     """The texts of a prompt, each with the level from which on it holds; the first from the start.
 
     `-> TEXT below sigma X` and `-> TEXT at the hand-off` begin a stage (`-->` and `→` are arrows
-    too). Behind the level only tags may follow, which belong to the stage. Any other arrow is text,
+    too). After the level only tags may follow, which belong to the stage. Any other arrow is text,
     with a warning where the prompt mentions a level. Raises InputError for a stage without a text,
-    and for words behind a level.
+    and for words after a level.
     """
-    arrows = [(parts.start(), parts.end()) for parts in _ARROW.finditer(typed)]
-    ends = [(len(typed), len(typed))]
-    parts = [Stage(math.inf, typed[: (arrows + ends)[0][0]])]
+    arrows = [match.span() for match in _ARROW.finditer(prompt)]
+    ends = [(len(prompt), len(prompt))]
+    parts = [Stage(math.inf, prompt[: (arrows + ends)[0][0]])]
     for (begin, start), (end, _) in pairwise(arrows + ends):
-        clause = _CLAUSE.fullmatch(typed, start, end)
+        clause = _CLAUSE.fullmatch(prompt, start, end)
         if clause is None:
-            _check_end(typed, start, end)
+            _check_end(prompt, start, end)
             level, text = parts[-1]
-            parts[-1] = Stage(level, text + typed[begin:end])
+            parts[-1] = Stage(level, text + prompt[begin:end])
         else:
             sigma = clause["sigma"]
             text = clause["text"] + clause["tags"].strip(" \t\n.")
             parts.append(Stage("handoff" if sigma is None else float(sigma), text))
     if len(parts) == 1:
-        _warn(typed, _LIKE.search(typed) is not None or bool(arrows))
-        return (Stage(math.inf, typed),)
+        if (arrows or _LOOKALIKE.search(prompt)) and _MENTION.search(prompt):
+            _warn(prompt)
+        return (Stage(math.inf, prompt),)
     if len(parts) <= len(arrows):
-        _warn(typed, True, always=True)
+        _warn(prompt)
     parts = [Stage(level, text.strip()) for level, text in parts]
     if not all(text for _, text in parts):
         raise InputError(
-            f"prompt {typed!r:.80}: a part of it has no text: expected TEXT -> TEXT below sigma X, "
-            "or TEXT at the hand-off"
+            f"prompt {prompt!r:.80}: a part of it has no text: expected TEXT -> TEXT below sigma "
+            "X, or TEXT at the hand-off"
         )
     return tuple(parts)
 
 
-def _check_end(typed: str, start: int, end: int) -> None:
-    """Raise InputError for words behind a level, which would end up in the picture."""
-    for level in reversed([*_LEVELS.finditer(typed, start, end)]):
-        behind = typed[level.end() : end]
+def _check_end(prompt: str, start: int, end: int) -> None:
+    """Raise InputError for words after a level, which would end up in the picture."""
+    if levels := [*_LEVELS.finditer(prompt, start, end)]:
+        level = levels[-1]
         raise InputError(
-            f"prompt {typed!r:.80}: {level[0]!r:.40} ends its part, and {behind!r:.40} stands "
-            "behind it: write `-> TEXT below sigma X` or `-> TEXT at the hand-off` with all of the "
-            "text before the level, and nothing but <lora:...> behind it; for the letters "
-            "themselves give literal=True (sample --literal)"
+            f"prompt {prompt!r:.80}: {level[0]!r:.40} ends its part, and "
+            f"{prompt[level.end() : end]!r:.40} stands behind it: write `-> TEXT below sigma X` or "
+            "`-> TEXT at the hand-off` with all of the text before the level, and nothing but "
+            "<lora:...> behind it; for the letters themselves give literal=True (sample --literal)"
         )
 
 
-def _warn(typed: str, arrows: bool, *, always: bool = False) -> None:
-    if arrows and (always or _MENTION.search(typed)):
-        warnings.warn(
-            f"prompt {typed!r:.80}: an arrow is read as text; what changes with the level is "
-            "written `-> TEXT below sigma X` or `-> TEXT at the hand-off`, with only tags behind",
-            stacklevel=6,
-        )
+def _warn(prompt: str) -> None:
+    warnings.warn(
+        f"prompt {prompt!r:.80}: an arrow is read as text; what changes with the level is "
+        "written `-> TEXT below sigma X` or `-> TEXT at the hand-off`, with only tags behind",
+        stacklevel=6,
+    )

@@ -17,10 +17,11 @@ from headstart.adapters.strength import NUMBER, Array, Strength, tuples
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
-TAG = r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>"
+_OPEN = r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*"
+TAG = f"{_OPEN}>"
 """A tag, for regular expressions that ignore case."""
 _TAG = re.compile(r"<\s*(lora|lyco|hypernet)\s*:([^<>]*)>", re.IGNORECASE)
-_OPEN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*", re.IGNORECASE)
+_UNCLOSED = re.compile(_OPEN, re.IGNORECASE)
 
 
 class Tag(NamedTuple):
@@ -34,7 +35,7 @@ Tags = Mapping[str, Tag]
 """Adapter -> its tag in one text."""
 
 
-def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
+def take_tags(prompt: str) -> tuple[str, dict[str, Tag]]:
     """The text without its tags, and the tags.
 
     `<lora:NAME>` is strength 1, `<lora:NAME:S>` acts at S, `<lora:NAME:TE:UNET>` at TE in the text
@@ -44,46 +45,45 @@ def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
     not closed.
     """
     tags: dict[str, Tag] = {}
-    for tag in _TAG.finditer(typed):
-        name, strengths = _read(tag[0], tag[1].lower(), tag[2])
+    for tag in _TAG.finditer(prompt):
+        name, strengths = _parse(tag[0], tag[1].lower(), tag[2])
         if name in tags:
-            raise InputError(f"prompt {typed!r:.80} names adapter {name!r} twice: leave one out")
+            raise InputError(f"prompt {prompt!r:.80} names adapter {name!r} twice: leave one out")
         tags[name] = strengths
-    rest = _TAG.sub("", typed)
-    if (left := _OPEN.search(rest)) is not None:
+    text = _TAG.sub("", prompt)
+    if match := _UNCLOSED.search(text):
         raise InputError(
-            f"prompt {typed!r:.80}: {left[0]!r:.40} is not closed: write <lora:NAME:STRENGTH>, or "
-            "give literal=True (sample --literal) for the letters themselves"
+            f"prompt {prompt!r:.80}: {match[0]!r:.40} is not closed: write <lora:NAME:STRENGTH>, "
+            "or give literal=True (sample --literal) for the letters themselves"
         )
-    return (re.sub(r"\s+", " ", rest).strip() if tags else typed), tags
+    return (re.sub(r"\s+", " ", text).strip() if tags else prompt), tags
 
 
-def _read(tag: str, word: str, fields: str) -> tuple[str, Tag]:
-    if word == "hypernet":
+def _parse(tag: str, kind: str, fields: str) -> tuple[str, Tag]:
+    if kind == "hypernet":
         raise InputError(f"{tag!r:.60}: hypernetworks are not read here: leave the tag out")
-    name, *rest = (part.strip() for part in fields.split(":"))
+    name, *strengths = (field.strip() for field in fields.split(":"))
     name = name.removesuffix(".safetensors")
-    named = dict(part.split("=", 1) for part in rest if "=" in part)
-    plain = [part for part in rest if "=" not in part]
-    numbers = [*plain, *named.values()]
+    keywords = dict(field.split("=", 1) for field in strengths if "=" in field)
+    positional = [field for field in strengths if "=" not in field]
     if (
         not name
-        or len(plain) > 2
-        or not set(named) <= {"te", "unet"}
-        or not all(NUMBER.fullmatch(number) for number in numbers)
+        or len(positional) > 2
+        or not set(keywords) <= {"te", "unet"}
+        or not all(map(NUMBER.fullmatch, [*positional, *keywords.values()]))
     ):
         raise InputError(
             f"{tag!r:.80}: expected <lora:NAME>, <lora:NAME:STRENGTH> or <lora:NAME:TE:UNET>, the "
             "strengths in the text encoders and in the UNets, such as <lora:ink:0.8>"
         )
-    text = float(named.get("te", plain[0] if plain else "1"))
-    return name, Tag(text, float(named.get("unet", plain[1] if len(plain) > 1 else text)))
+    te = float(keywords.get("te", positional[0] if positional else "1"))
+    return name, Tag(te, float(keywords.get("unet", positional[1] if len(positional) > 1 else te)))
 
 
-def refuse_tags(typed: str, what: str) -> None:
-    if match := _TAG.search(typed) or _OPEN.search(typed):
+def refuse_tags(text: str, what: str) -> None:
+    if match := _TAG.search(text) or _UNCLOSED.search(text):
         raise InputError(
-            f"{what} {typed!r:.60}: {match[0]!r:.40} acts on both halves of guidance, so it stands "
+            f"{what} {text!r:.60}: {match[0]!r:.40} acts on both halves of guidance, so it stands "
             "in the prompt: write it there"
         )
 
@@ -100,35 +100,35 @@ def tagged(
     than it is merged at.
     """
     strengths = dict(acts)
-    for name in dict.fromkeys(name for row in tags for own in row for name in own):
+    for name in dict.fromkeys(name for row in tags for image in row for name in image):
         if name not in attached.attached:
-            have = ", ".join(map(repr, attached.attached)) or "none"
+            names = ", ".join(map(repr, attached.attached)) or "none"
             raise InputError(
-                f"a prompt names adapter {name!r}, which is not attached: attached are {have}; "
+                f"a prompt names adapter {name!r}, which is not attached: attached are {names}; "
                 f"attach it first, with engine.attach('{name:.60}.safetensors'), or on the command "
                 "line with --lora FILE or --lora-folder DIR"
             )
-        column = [[own.get(name) for own in row] for row in tags]
-        held = attached.attached[name]
-        strength = _strength(name, acts[name], table, column, texts=held.changes_text)
-        if not held.report.live and strength != held.strength:
-            _refuse_merged(held, [tag for row in column for tag in row])
-        strengths[name] = held.run_strength(strength)
+        column = [[image.get(name) for image in row] for row in tags]
+        adapter = attached.attached[name]
+        strength = _strength(name, acts[name], table, column, texts=adapter.changes_text)
+        if not adapter.report.live and strength != adapter.strength:
+            _refuse_merged(adapter, [tag for row in column for tag in row])
+        strengths[name] = adapter.run_strength(strength)
     return strengths
 
 
-def _refuse_merged(held: AttachedAdapter, tags: Sequence[Tag | None]) -> None:
+def _refuse_merged(adapter: AttachedAdapter, tags: Sequence[Tag | None]) -> None:
     """Raise InputError: tags ask for another strength than the adapter is merged at."""
-    name, at = held.name, held.strength.constant
-    others = dict.fromkeys(tag for tag in tags if tag is not None and tag != (at, at))
-    written = [f"<lora:{name}:{tag.text:g}:{tag.unet:g}>" for tag in others]
-    written += ["a text without the tag"] * (None in tags)
+    name, strength = adapter.name, adapter.strength.constant
+    others = dict.fromkeys(tag for tag in tags if tag is not None and tag != (strength, strength))
+    examples = [f"<lora:{name}:{tag.text:g}:{tag.unet:g}>" for tag in others]
+    examples += ["a text without the tag"] * (None in tags)
     raise InputError(
-        f"adapter {name!r:.60} ({held.report.form}) is merged into the weights at strength {at:g}, "
-        f"which serve all images and rows, and the prompts have {', '.join(written[:3])}: write "
-        f"one tag with one strength in every prompt and every part of one, and in Python set "
-        f"engine.adapters[{name!r:.60}].strength to it; or take the tags out, for --lora "
-        "FILE:STRENGTH"
+        f"adapter {name!r:.60} ({adapter.report.form}) is merged into the weights at strength "
+        f"{strength:g}, which serve all images and rows, and the prompts have "
+        f"{', '.join(examples[:3])}: write one tag with one strength in every prompt and every "
+        f"part of one, and in Python set engine.adapters[{name!r:.60}].strength to it; or take the "
+        "tags out, for --lora FILE:STRENGTH"
     )
 
 
@@ -162,9 +162,9 @@ def text_strengths(attached: Snapshot, base: Any, tags: Sequence[Tags]) -> Any:
         return None
     strengths = base.clone()
     for column, name in enumerate(attached.columns):
-        for image, own in enumerate(tags):
-            if name in own and attached.attached[name].changes_text:
-                strengths[image, column] = own[name].text
+        for image, image_tags in enumerate(tags):
+            if name in image_tags and attached.attached[name].changes_text:
+                strengths[image, column] = image_tags[name].text
     return strengths
 
 

@@ -118,7 +118,7 @@ class TextCache:
         """Collect the encoders' dictionaries of tensors and modules; these stay the same."""
         roots = [root for root in self._root.values() if root is not None]
         modules = [module for root in roots for module in root.modules()]
-        self._tensors = [own for m in modules for own in (m._parameters, m._buffers) if own]
+        self._tensors = [table for m in modules for table in (m._parameters, m._buffers) if table]
         self._modules = [self._root, *(m._modules for m in modules if m._modules)]
         self._walked = list(map(weakref.ref, modules))
 
@@ -127,13 +127,13 @@ class TextCache:
 
     def _is_steered(self) -> bool:
         """Whether a module has hooks or a `forward` other than those of adapters."""
-        acting: list[object] = []
-        for own in [vars(module) for find in self._walked if (module := find()) is not None]:
-            acting += own["_forward_pre_hooks"].values()
-            acting += own["_forward_hooks"].values()
-            if "forward" in own:
-                acting.append(own["forward"])
-        return not all(getattr(one, "in_key", False) for one in acting)
+        hooks: list[object] = []
+        for attributes in [vars(module) for find in self._walked if (module := find()) is not None]:
+            hooks += attributes["_forward_pre_hooks"].values()
+            hooks += attributes["_forward_hooks"].values()
+            if "forward" in attributes:
+                hooks.append(attributes["forward"])
+        return not all(getattr(hook, "in_key", False) for hook in hooks)
 
     def _look(self) -> _Weights | None:
         """None where changes would be missed: with hooks, and with tensors of inference mode, to
@@ -150,8 +150,8 @@ class TextCache:
                 versions = tuple([tensor._version for tensor in tensors])
             except RuntimeError:
                 return None
-        now, known = _Weights(tensors, storages, versions, modules), self._weights
-        return known if known is not None and _same(known, now) else now
+        now, last = _Weights(tensors, storages, versions, modules), self._weights
+        return last if last is not None and _equal(last, now) else now
 
     def _settle(self, now: _Weights) -> None:
         """Drop all entries where the weights are others."""
@@ -162,17 +162,16 @@ class TextCache:
             self._alive = [StorageWeakRef(tensor.untyped_storage()) for tensor in now.tensors]
 
 
-_KNOWN: weakref.WeakKeyDictionary[ClipText, TextCache] = weakref.WeakKeyDictionary()
+_CACHES: weakref.WeakKeyDictionary[ClipText, TextCache] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def text_cache_of(text: ClipText) -> TextCache:
     """The cache of this text encoder, for as long as it lives."""
     with _LOCK:
-        cache = _KNOWN.get(text)
-        if cache is None:
-            cache = _KNOWN[text] = TextCache(text)
-        return cache
+        if text not in _CACHES:
+            _CACHES[text] = TextCache(text)
+        return _CACHES[text]
 
 
 def limit_bytes() -> float:
@@ -191,13 +190,13 @@ def limit_bytes() -> float:
     return megabytes * 1e6
 
 
-def _same(one: _Weights, other: _Weights) -> bool:
+def _equal(weights: _Weights, other: _Weights) -> bool:
     return (
-        one.versions == other.versions
-        and one.storages == other.storages
-        and len(one.modules) == len(other.modules)
-        and all(map(is_, one.tensors, other.tensors))
-        and all(map(is_, one.modules, other.modules))
+        weights.versions == other.versions
+        and weights.storages == other.storages
+        and len(weights.modules) == len(other.modules)
+        and all(map(is_, weights.tensors, other.tensors))
+        and all(map(is_, weights.modules, other.modules))
     )
 
 

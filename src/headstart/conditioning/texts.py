@@ -64,8 +64,7 @@ class PromptTexts:
     def reading(self) -> dict[str, Any]:
         """The options of a call that differ from their defaults, without `negative`."""
         options = {"second": compact(self.second), "negative_second": compact(self.negative_second)}
-        for own in fields(self)[4:]:
-            options[own.name] = getattr(self, own.name)
+        options |= {field.name: getattr(self, field.name) for field in fields(self)[4:]}
         defaults: Mapping[str, Any] = {"style": "plain", "literal": False}
         return {name: value for name, value in options.items() if value != defaults.get(name)}
 
@@ -74,39 +73,33 @@ class PromptTexts:
 
         Raises InputError for a level that no row is below.
         """
-        columns = zip(self.prompts, self.second, self.negative, self.negative_second, strict=True)
-        known: dict[tuple[str | None, ...], tuple[list[RowTexts], list[Tags]]] = {}
-        images: list[tuple[list[RowTexts], list[Tags]]] = []
-        for typed in columns:
-            if typed not in known:
-                known[typed] = self._image(typed, table)
-            images.append(known[typed])
-        rows = range(len(table))
-        return [[i[0][r] for i in images] for r in rows], [[i[1][r] for i in images] for r in rows]
+        texts = [*zip(self.prompts, self.second, self.negative, self.negative_second, strict=True)]
+        by_texts = {image: self._image(image, table) for image in dict.fromkeys(texts)}
+        images = [by_texts[image] for image in texts]
+        numbers = range(len(table))
+        rows = [[column[number] for column, _ in images] for number in numbers]
+        return rows, [[tags[number] for _, tags in images] for number in numbers]
 
     def _image(
-        self, typed: tuple[str | None, ...], table: StepTable
+        self, texts: tuple[str | None, ...], table: StepTable
     ) -> tuple[list[RowTexts], list[Tags]]:
-        prompts = self._rows(typed[0], table)
+        prompts = self._rows(texts[0], table)
         if not self.literal:
-            for text, what in zip(
-                typed[1:], ("second prompt", "negative prompt") * 2, strict=False
-            ):
-                refuse_tags(text or "", what)
-        rows: list[RowTexts] = []
-        tags: list[Tags] = []
-        others = [self._rows(text, table) for text in typed[1:]]
-        for prompt, *texts in zip(prompts, *others, strict=True):
-            text, own_tags = (prompt, {}) if self.literal else take_tags(prompt)
-            rows.append(RowTexts(text, *texts))
-            tags.append(own_tags)
-        return rows, tags
+            kinds = ("second prompt", "negative prompt", "second prompt")
+            for text, kind in zip(texts[1:], kinds, strict=True):
+                refuse_tags(text or "", kind)
+        others = [self._rows(text, table) for text in texts[1:]]
+        pairs: list[tuple[str, Tags]] = [
+            (prompt, {}) if self.literal else take_tags(prompt) for prompt in prompts
+        ]
+        rows = [RowTexts(text, *row) for (text, _), *row in zip(pairs, *others, strict=True)]
+        return rows, [tags for _, tags in pairs]
 
-    def _rows(self, typed: str | None, table: StepTable) -> list[Any]:
+    def _rows(self, text: str | None, table: StepTable) -> list[Any]:
         """The text of every row."""
-        parts = (Stage(float("inf"), typed or ""),) if self.literal else stages(typed or "")
-        if typed is None or len(parts) == 1:
-            return [typed] * len(table)
+        parts = (Stage(float("inf"), text or ""),) if self.literal else stages(text or "")
+        if text is None or len(parts) == 1:
+            return [text] * len(table)
         numbers = part_of_rows([part.level for part in parts], table)
         return [parts[number].text for number in numbers]
 
@@ -134,18 +127,15 @@ def pair_texts(
     )
     count = max(len(texts), *counts.values())
     exact = {name: n for name, n in counts.items() if n > 1 or name == "noise"}
-    if odd := [name for name, own_count in exact.items() if own_count != count]:
-        raise InputError(
-            f"{odd[0]}: {counts[odd[0]]} for {count} images: give one for all, or one an image"
-        )
+    odd = [(name, number, count) for name, number in exact.items() if number != count]
+    if len(texts) not in (1, count):
+        odd.append((next(iter(several)), count, len(texts)))
+    if odd:
+        name, number, images = odd[0]
+        raise InputError(f"{name}: {number} for {images} images: give one for all, or one an image")
     if len(texts) != count:
-        if len(texts) > 1:
-            raise InputError(
-                f"{next(iter(several))}: {count} for {len(texts)} images: give one for all, or one "
-                "an image"
-            )
         texts, numbers = texts * count, numbers * count
-    wide = {name: tuple(own * count)[:count] for name, own in lists.items()}
+    wide = {name: tuple(column * count)[:count] for name, column in lists.items()}
     if several and distinct and not set(several) & set(samples):
         check_distinct(zip(texts, numbers, *wide.values(), strict=True))
     return PromptTexts(
@@ -197,16 +187,14 @@ def compact(texts: tuple[str | None, ...]) -> Texts:
 def check_texts(texts: PromptTexts, encoder: ClipText) -> None:
     """Raise InputError for options that this family's text encoders cannot use."""
     check_style(texts.style)
-    if len(encoder.towers) == 1 and any(
-        t is not None for t in texts.second + texts.negative_second
-    ):
+    second = texts.second + texts.negative_second
+    if len(encoder.towers) == 1 and any(text is not None for text in second):
         raise InputError(
             "a second prompt is for SDXL's second text encoder, and this family has one: leave out "
             "second= and negative_second= (--second-prompt, --second-negative)"
         )
-    if any(own is not None and negative is None for own, negative in zip(
-        texts.negative_second, texts.negative, strict=True
-    )):  # fmt: skip
+    pairs = zip(texts.negative, texts.negative_second, strict=True)
+    if any(negative is None and second is not None for negative, second in pairs):
         raise InputError(
             "negative_second (--second-negative) goes with a negative prompt for the first "
             'encoder: give negative= (--negative) too, "" for an empty one'

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from headstart.diversify.method import Limits, Method, Row, conditional_half, own_tokens
+from headstart.diversify.method import Limits, Method, Row, change_conditional, change_tokens
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.noise import noise_on
@@ -66,24 +66,24 @@ class Cads(Method):
             )
 
     def conditioning(self, cond: Conditioning, row: Row) -> Conditioning:
-        left = self.gamma(row.step.timestep / TRAIN_STEPS)
-        if left == 1.0:
+        gamma = self.gamma(row.step.timestep / TRAIN_STEPS)
+        if gamma == 1.0:
             return cond
         count = len(row.images)
         cond = cond if len(cond) > 1 else cond.expand(count)
-        noised = partial(self._noised, row=row, left=left)
-        context = own_tokens(cond.context, row, partial(noised, sample=CONTEXT))
+        noised = partial(self._noised, row=row, gamma=gamma)
+        context = change_tokens(cond.context, row, partial(noised, sample=CONTEXT))
         if cond.pooled is None:
             return replace(cond, context=context)
-        pooled = conditional_half(cond.pooled, count, partial(noised, sample=POOLED))
+        pooled = change_conditional(cond.pooled, count, partial(noised, sample=POOLED))
         return replace(cond, context=context, pooled=pooled)
 
-    def _noised(self, y: Tensor, *, row: Row, left: float, sample: int) -> Tensor:
-        own = noise_on(y.device, row.images.noise(sample))
-        n = own.step(row.number, y.shape[1:], y.device)
-        noised = math.sqrt(left) * y + self.scale * math.sqrt(1.0 - left) * n
-        own, new = _moments(y), _moments(noised)
-        rescaled = own[0] + own[1] * (noised - new[0]) / new[1]
+    def _noised(self, y: Tensor, *, row: Row, gamma: float, sample: int) -> Tensor:
+        noise = noise_on(y.device, row.images.noise(sample))
+        n = noise.step(row.number, y.shape[1:], y.device)
+        noised = math.sqrt(gamma) * y + self.scale * math.sqrt(1.0 - gamma) * n
+        (mean, std), (noised_mean, noised_std) = _moments(y), _moments(noised)
+        rescaled = mean + std * (noised - noised_mean) / noised_std
         return self.mix * rescaled + (1.0 - self.mix) * noised
 
 

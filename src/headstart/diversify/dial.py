@@ -52,13 +52,13 @@ class Dial(Method):
                 "with distilled_lora= (--distilled-lora FILE); of two checkpoints `headstart "
                 "transfer --base BASE --tuned DISTILLED --rank 64 --out FILE` makes one"
             )
-        strength, now = self._strength(table), attached[DISTILLED_LORA].strength
-        if strength == now:
+        strength, current = self._strength(table), attached[DISTILLED_LORA].strength
+        if strength == current:
             raise InputError(
                 f"diversify {self}: it would do nothing, as that is the strength that "
                 f"{DISTILLED_LORA!r} has: leave it out"
             )
-        if acts[DISTILLED_LORA] not in (now, strength):
+        if acts[DISTILLED_LORA] not in (current, strength):
             raise InputError(
                 f"diversify {self}: adapters= says another strength of {DISTILLED_LORA!r}: give one"
             )
@@ -67,9 +67,7 @@ class Dial(Method):
     def _strength(self, table: StepTable) -> Strength:
         if self.first is None:
             return Strength(self.strength, models=(MODEL,))
-        rows: list[float] = []
-        done = 0
-        for step in table:
-            done += step.model == MODEL
-            rows.append(self.strength if step.model == MODEL and done <= self.first else 1.0)
-        return Strength(models=(MODEL,), rows=tuple(rows))
+        distilled = [row for row, step in enumerate(table) if step.model == MODEL]
+        first = distilled[: int(self.first)]
+        rows = tuple(self.strength if row in first else 1.0 for row in range(len(table)))
+        return Strength(models=(MODEL,), rows=rows)

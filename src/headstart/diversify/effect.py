@@ -70,15 +70,16 @@ def passes_of(methods: Methods, table: StepTable) -> int:
     return table.passes() + (0 if select is None else select.extra(table))
 
 
-def going_on(methods: Methods) -> list[Method]:
+def methods_of_rest(methods: Methods) -> list[Method]:
     """Those that still act in a later part of a run: others have done their work when it begins."""
-    done = ChangesTable, ChangesStrengths, Select
-    return [method for method in methods if not isinstance(method, done)]
+    at_start = ChangesTable, ChangesStrengths, Select
+    return [method for method in methods if not isinstance(method, at_start)]
 
 
-def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) -> NoiseSource:
-    """The noise of the seeds, or the caller's own, as methods change it."""
-    noise: NoiseSource = Philox.shared(images.seeds) if own is None else own
+def noise_for(methods: Methods, images: Images, noise: NoiseSource | None = None) -> NoiseSource:
+    """The caller's noise, or that of the seeds, as methods change it."""
+    if noise is None:
+        noise = Philox.shared(images.seeds)
     for method in methods:
         if isinstance(method, ChangesNoise):
             noise = method.noise(noise)
@@ -136,4 +137,4 @@ def networks_of(
     """Model -> its denoiser with the methods, as it is where there are none."""
     if not methods:
         return networks
-    return {model: Diversified(own, methods, position) for model, own in networks.items()}
+    return {model: Diversified(network, methods, position) for model, network in networks.items()}

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headstart.diversify.method import Limits, Method, Row, own_tokens
+from headstart.diversify.method import Limits, Method, Row, change_tokens
 from headstart.interfaces import Conditioning
 from headstart.noise import noise_on
 
@@ -66,4 +66,4 @@ class EmbeddingNoise(Method):
                 u = u * (where < NormalDist().inv_cdf(self.share))
             return y + self.strength * y.std((1, 2), keepdim=True) * u
 
-        return replace(cond, context=own_tokens(cond.context, row, noised))
+        return replace(cond, context=change_tokens(cond.context, row, noised))

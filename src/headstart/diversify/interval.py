@@ -30,18 +30,16 @@ class Interval(Method):
         inside = [step for step in guided if self._holds(step)]
         if self._is_of(table) or 0 < len(inside) < len(guided):
             return
-        levels = " ".join(f"{step.sigma:.4g}" for step in guided)
-        raise InputError(
-            f"diversify {self}: "
-            + (
-                f"no row of plan {table.name!r} is guided, so it would do nothing: give "
-                "base_guidance= (--base-guidance), or leave it out"
-                if not guided
-                else f"the guided rows of plan {table.name!r} are at levels {levels}, and "
-                f"{'none' if not inside else 'each'} of them lies in ({self.low:g}, "
-                f"{self.high:g}]: give other levels, or "
-                + ("no guidance at all" if not inside else "leave it out")
+        if not guided:
+            raise InputError(
+                f"diversify {self}: no row of plan {table.name!r} is guided, so it would do "
+                "nothing: give base_guidance= (--base-guidance), or leave it out"
             )
+        levels = " ".join(f"{step.sigma:.4g}" for step in guided)
+        count, way = ("each", "leave it out") if inside else ("none", "no guidance at all")
+        raise InputError(
+            f"diversify {self}: the guided rows of plan {table.name!r} are at levels {levels}, and "
+            f"{count} of them lies in ({self.low:g}, {self.high:g}]: give other levels, or {way}"
         )
 
     def table(self, table: StepTable) -> StepTable:

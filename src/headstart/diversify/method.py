@@ -1,11 +1,11 @@
-"""What a method may change of a run, and what it sees of it.
+"""What a method may change of a run, and what it knows of it.
 
 table -> table                  before anything runs            interval
 strengths -> strengths          of the adapters                 dial
 noise source -> noise source    of the start and of the rows    pink
 conditioning -> conditioning    before a network is called      cads, embedding-noise
 F -> F                          after it                        particles
-candidates -> who goes on       after the first row             select
+candidates -> those that go on  after the first row             select
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ class Images:
 
 
 class Row(NamedTuple):
-    """Where a run is: the row's number of `total`, its coefficients, and the images.
+    """The row that runs: its number of `total`, its coefficients, and the images.
 
-    tokens  how many tokens each image's own text has here; its context repeats them, to be as long
-            as the others'. Empty: they are the whole context
+    tokens  how many tokens the text of each image has in this row; the context repeats them, to be
+            as long as the others'. Empty: they are the whole context
     """
 
     number: int
@@ -117,11 +117,11 @@ class Method(Protocol):
     def __post_init__(self) -> None:
         """Raise InputError unless every field is within its limits, or is its default, and `low`
         is below `high`."""
-        for own in fields(self):  # pyright: ignore[reportArgumentType]
-            value, limits = getattr(self, own.name), self.limits[own.name]
-            if value not in limits and (own.default is MISSING or value != own.default):
+        for parameter in fields(self):  # pyright: ignore[reportArgumentType]
+            value, limits = getattr(self, parameter.name), self.limits[parameter.name]
+            if value not in limits and (parameter.default is MISSING or value != parameter.default):
                 raise InputError(
-                    f"diversify {self.name}: {own.name} is {limits}, got {value!r:.40}"
+                    f"diversify {self.name}: {parameter.name} is {limits}, got {value!r:.40}"
                 )
         low, high = (getattr(self, name, None) for name in ("low", "high"))
         if low is not None and high is not None and not low < high:
@@ -131,10 +131,10 @@ class Method(Protocol):
         """`NAME:VALUE[,key=value...]`, without what is left at its default."""
         first, *others = fields(self)  # pyright: ignore[reportArgumentType]
         parts = [f"{self.name}:{_number(getattr(self, first.name))}"]
-        for own in others:
-            value: Any = getattr(self, own.name)
-            if value != own.default:
-                parts.append(f"{own.name}={_number(value)}")
+        for parameter in others:
+            value: Any = getattr(self, parameter.name)
+            if value != parameter.default:
+                parts.append(f"{parameter.name}={_number(value)}")
         return ",".join(parts)
 
     def check(self, table: StepTable, /) -> None:
@@ -170,7 +170,7 @@ class ChangesConditioning(Protocol):
 @runtime_checkable
 class ChangesOutput(Protocol):
     def output(self, f: Tensor, x_in: Tensor, row: Row, /) -> Tensor:
-        """F of B samples, or of 2B in the order (uncond, cond), and what the network saw."""
+        """F of B samples, or of 2B in the order (uncond, cond); x_in is the network's input."""
         ...
 
 
@@ -179,24 +179,24 @@ def _number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
-def conditional_half(whole: Tensor, count: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`whole`, with its last `count` rows changed in float32: a guided call's second half."""
-    uncond, own = whole[: len(whole) - count], whole[len(whole) - count :]
-    return torch.cat((uncond, change(own.float()).to(whole.dtype)))
+def change_conditional(values: Tensor, count: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`values`, with the last `count` rows changed in float32: a guided call's second half."""
+    uncond, cond = values[: len(values) - count], values[len(values) - count :]
+    return torch.cat((uncond, change(cond.float()).to(values.dtype)))
 
 
-def own_tokens(context: Tensor, row: Row, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`context` [B or 2B, L, D] with each image's own tokens changed in its last B rows, and
-    repeated as before, so that an image does not depend on how long the other texts are.
+def change_tokens(context: Tensor, row: Row, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`context` [B or 2B, L, D] with the tokens of each image's text changed in the last B rows,
+    and repeated as before, so that an image does not depend on how long the other texts are.
 
-    change  [B, own, D] float32 -> the same shape; called once for each number of tokens
+    change  [B, tokens, D] float32 -> the same shape; called once for each number of tokens
     """
     count, length = len(row.images), context.shape[1]
     by_count = {
-        own: conditional_half(context[:, :own], count, change)[-count:].repeat(1, length // own, 1)
-        for own in dict.fromkeys(row.tokens or (length,))
+        n: change_conditional(context[:, :n], count, change)[-count:].repeat(1, length // n, 1)
+        for n in dict.fromkeys(row.tokens or (length,))
     }
     changed, *others = by_count.values()
     if others:
-        changed = torch.stack([by_count[own][image] for image, own in enumerate(row.tokens)])
+        changed = torch.stack([by_count[n][image] for image, n in enumerate(row.tokens)])
     return torch.cat((context[: len(context) - count], changed))

@@ -21,24 +21,24 @@ Diversify: TypeAlias = "str | Method | Sequence[str | Method]"
 """One method or several, as text or as data."""
 
 
-class Known(NamedTuple):
-    """A kind of method, how it is typed, and what it does."""
+class Entry(NamedTuple):
+    """A kind of method, an example of its text, and what it does."""
 
     kind: type[Any]
     example: str
     about: str
 
 
-NAMES: Mapping[str, Known] = {
-    "cads": Known(Cads, "cads:0.1", "the prompt under noise that falls with time"),
-    "embedding-noise": Known(
+NAMES: Mapping[str, Entry] = {
+    "cads": Entry(Cads, "cads:0.1", "the prompt under noise that falls with time"),
+    "embedding-noise": Entry(
         EmbeddingNoise, "embedding-noise:1", "uniform noise on half of the prompt's values"
     ),
-    "interval": Known(Interval, "interval:0.28,high=5.42", "guidance only between two levels"),
-    "particles": Known(Particles, "particles:128", "images of a prompt push each other apart"),
-    "pink": Known(Pink, "pink:1", "a start of noise with power 1/f^VALUE"),
-    "dial": Known(Dial, "dial:0.25", "a distilled LoRA at another strength"),
-    "select": Known(Select, "select:4", "first steps of more seeds; the most different go on"),
+    "interval": Entry(Interval, "interval:0.28,high=5.42", "guidance only between two levels"),
+    "particles": Entry(Particles, "particles:128", "images of a prompt push each other apart"),
+    "pink": Entry(Pink, "pink:1", "a start of noise with power 1/f^VALUE"),
+    "dial": Entry(Dial, "dial:0.25", "a distilled LoRA at another strength"),
+    "select": Entry(Select, "select:4", "first steps of more seeds; the most different go on"),
 }
 
 
@@ -47,37 +47,38 @@ def read_methods(methods: object) -> tuple[Method, ...]:
 
     Raises InputError for an unknown name, key or number, and for a name given twice.
     """
-    kinds = tuple(known.kind for known in NAMES.values())
-    listed: Sequence[object] = [methods]
+    kinds = tuple(entry.kind for entry in NAMES.values())
+    items: Sequence[object] = [methods]
     if isinstance(methods, Sequence) and not isinstance(methods, str | bytes):
-        listed = cast("Sequence[object]", methods)
-    read: list[Method] = []
-    for one in listed:
-        if not isinstance(one, (str, *kinds)):
+        items = cast("Sequence[object]", methods)
+    parsed: list[Method] = []
+    for item in items:
+        if not isinstance(item, (str, *kinds)):
             raise InputError(
-                f"diversify: expected methods such as 'cads:0.1' or a list of them, got {one!r:.60}"
+                "diversify: expected methods such as 'cads:0.1' or a list of them, got "
+                f"{item!r:.60}"
             )
-        method: Method = parse_method(one) if isinstance(one, str) else cast("Method", one)
-        if any(method.name == other.name for other in read):
+        method: Method = parse_method(item) if isinstance(item, str) else cast("Method", item)
+        if any(method.name == other.name for other in parsed):
             raise InputError(
                 f"diversify: {method.name!r} is given twice: give it once; other methods may be "
                 "added to it"
             )
-        read.append(method)
-    return tuple(read)
+        parsed.append(method)
+    return tuple(parsed)
 
 
 def parse_method(text: str) -> Method:
     """`cads:0.1,low=0.5` -> Cads(0.1, low=0.5); `str` of a method is such a text."""
-    name, _, rest = (part.strip() for part in text.partition(":"))
+    name, _, settings = (part.strip() for part in text.partition(":"))
     if name not in NAMES:
         near = difflib.get_close_matches(name.lower().replace("_", "-"), NAMES, 1)
         guess = f"did you mean {NAMES[near[0]].example!r}? " if near else ""
-        lines = [f"  {known.example:<25}{known.about}" for known in NAMES.values()]
+        lines = [f"  {entry.example:<25}{entry.about}" for entry in NAMES.values()]
         raise InputError("\n".join([f"diversify {text!r:.60}: {guess}there is", *lines]))
     kind, example, _ = NAMES[name]
-    first, *keys = (own.name for own in fields(kind))
-    value, *others = (part.strip() for part in rest.split(","))
+    first, *keys = (field.name for field in fields(kind))
+    value, *others = (part.strip() for part in settings.split(","))
     numbers = {first: _number(text, value, example)}
     for part in others:
         key, equals, value = (side.strip() for side in part.partition("="))

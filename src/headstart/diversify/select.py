@@ -45,13 +45,13 @@ class Select(Method):
     def choose(self, x0: Tensor, candidates: Images, images: Images) -> list[int]:
         """The candidate that goes on in place of each image, of those of its prompt."""
         features = pooled(x0).cpu().double()
-        chosen = [0] * len(images)
+        winners = [0] * len(images)
         pool = candidates.by_prompt
-        for prompt, own in images.by_prompt.items():
-            numbers = farthest(features[pool[prompt]], len(own))
-            for image, number in zip(own, numbers, strict=True):
-                chosen[image] = pool[prompt][number]
-        return chosen
+        for prompt, group in images.by_prompt.items():
+            numbers = farthest(features[pool[prompt]], len(group))
+            for image, number in zip(group, numbers, strict=True):
+                winners[image] = pool[prompt][number]
+        return winners
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -62,19 +62,19 @@ def seed_of(seed: int, number: int) -> int:
 
 
 def farthest(features: Tensor, count: int) -> list[int]:
-    """Greedy max-min: from the pair farthest apart, each next is farthest from its nearest chosen.
+    """Greedy max-min: from the pair farthest apart, each next is farthest from those before it.
 
     features [n, d] on a CPU; at least half as far apart as the best choice (Gonzalez, 1985). Ties
     go to the lower number.
     """
-    apart = torch.cdist(features, features)
-    chosen = [int(apart.amax(1).argmax())]
-    nearest = apart[chosen[0]].clone()
-    while len(chosen) < count:
-        nearest[chosen] = -1.0
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, apart[chosen[-1]])
-    return sorted(chosen)
+    distances = torch.cdist(features, features)
+    indices = [int(distances.amax(1).argmax())]
+    nearest = distances[indices[0]].clone()
+    while len(indices) < count:
+        nearest[indices] = -1.0
+        indices.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, distances[indices[-1]])
+    return sorted(indices)
 
 
 def pooled(x0: Tensor, side: int = 4) -> Tensor:

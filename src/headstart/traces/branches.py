@@ -16,7 +16,7 @@ from torch import Tensor
 from headstart.adapters.strength import Strength
 from headstart.by_level import part_of_rows
 from headstart.conditioning.stages import stages
-from headstart.diversify.effect import going_on
+from headstart.diversify.effect import methods_of_rest
 from headstart.engine.engine import Engine
 from headstart.engine.pair import Pair
 from headstart.engine.pixels import decode_rgb, final_latents
@@ -117,7 +117,7 @@ def branch(
         prompts, **origin.reading, plan=table, seeds=seeds, size=origin.size, batch=chunk,
         resume=state,
         negative=origin.negative if negative is None else negative,
-        adapters=_strengths(engine, origin, count), diversify=going_on(origin.diversify),
+        adapters=_strengths(engine, origin, count), diversify=methods_of_rest(origin.diversify),
     )  # fmt: skip
     later: list[Tensor] = []
     for state in run:
