@@ -119,10 +119,10 @@ def _transformer(name: str, width: int, depth: int, params: UNetParams) -> Itera
         block = f"{name}.transformer_blocks.{i}"
         for norm in ("norm1", "norm2", "norm3"):
             yield from _layer(f"{block}.{norm}", width)
-        for attention, read in (("attn1", width), ("attn2", params.context_dim)):
+        for attention, source in (("attn1", width), ("attn2", params.context_dim)):
             yield from _layer(f"{block}.{attention}.to_q", width, width, bias=False)
-            yield from _layer(f"{block}.{attention}.to_k", width, read, bias=False)
-            yield from _layer(f"{block}.{attention}.to_v", width, read, bias=False)
+            yield from _layer(f"{block}.{attention}.to_k", width, source, bias=False)
+            yield from _layer(f"{block}.{attention}.to_v", width, source, bias=False)
             yield from _layer(f"{block}.{attention}.to_out.0", width, width)
         yield from _layer(f"{block}.ff.net.0.proj", 8 * width, width)
         yield from _layer(f"{block}.ff.net.2", width, 4 * width)
@@ -156,21 +156,21 @@ def _vae(params: VaeParams) -> Iterator[Row]:
 def _vae_half(half: str, params: VaeParams, inner: int, out: int) -> Iterator[Row]:
     down = half == "encoder"
     widths = params.channels if down else params.channels[::-1]
-    inside, side = params.channels[-1], "down" if down else "up"
+    deepest, side = params.channels[-1], "down" if down else "up"
     yield from _layer(f"{half}.conv_in", widths[0], inner, 3, 3)
     for level, width in enumerate(widths):
-        block, before = f"{half}.{side}_blocks.{level}", widths[max(0, level - 1)]
-        inputs = [before] + [width] * (params.layers - 1 if down else params.layers)
+        block, previous = f"{half}.{side}_blocks.{level}", widths[max(0, level - 1)]
+        inputs = [previous] + [width] * (params.layers - 1 if down else params.layers)
         for i, channels in enumerate(inputs):
             yield from _resnet(f"{block}.resnets.{i}", channels, width, None)
         if level < len(widths) - 1:
             yield from _layer(f"{block}.{side}samplers.0.conv", width, width, 3, 3)
     for i in (0, 1):
-        yield from _resnet(f"{half}.mid_block.resnets.{i}", inside, inside, None)
+        yield from _resnet(f"{half}.mid_block.resnets.{i}", deepest, deepest, None)
     attention = f"{half}.mid_block.attentions.0"
-    yield from _layer(f"{attention}.group_norm", inside)
+    yield from _layer(f"{attention}.group_norm", deepest)
     for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        yield from _layer(f"{attention}.{name}", inside, inside)
+        yield from _layer(f"{attention}.{name}", deepest, deepest)
     yield from _layer(f"{half}.conv_norm_out", widths[-1])
     yield from _layer(f"{half}.conv_out", out, widths[-1], 3, 3)
 

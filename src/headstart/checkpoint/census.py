@@ -30,16 +30,16 @@ class Census:
     unread: list[str] = field(default_factory=list[str])
 
     def problems(self) -> Iterator[str]:
-        for what, counts in (("NaN", self.nan), ("infinity", self.inf)):
+        for value, counts in (("NaN", self.nan), ("infinity", self.inf)):
             if counts:
                 names = first_few([f"{name} ({count})" for name, count in counts.items()])
-                yield f"{len(counts)} tensors hold {what}: {names}"
+                yield f"{len(counts)} tensors hold {value}: {names}"
 
     def notes(self) -> Iterator[str]:
-        zero, unread = "hold nothing but zeros", "could not be counted"
-        for what, names in ((zero, self.zero), (unread, self.unread)):
-            if names:
-                yield f"{len(names)} tensors {what}: {first_few(names)}"
+        if self.zero:
+            yield f"{len(self.zero)} tensors hold nothing but zeros: {first_few(self.zero)}"
+        if self.unread:
+            yield f"{len(self.unread)} tensors could not be counted: {first_few(self.unread)}"
 
 
 def take(checkpoint: Checkpoint, census: Census, on_bytes: Callable[[int], object]) -> None:
@@ -49,14 +49,14 @@ def take(checkpoint: Checkpoint, census: Census, on_bytes: Callable[[int], objec
     and are skipped. F4, F6 and rarer dtypes are `unread`.
     """
     for name in sorted(checkpoint.names, key=lambda name: checkpoint.entry(name).begin):
-        dtype = checkpoint.entry(name).dtype
-        raw = checkpoint.raw(name)
+        dtype, shape = checkpoint.entry(name)[:2]
+        size_bytes = len(checkpoint.raw(name))
         if dtype not in SOURCES and dtype not in WIDENED:
             census.unread.extend([name] if dtype.startswith("F") else [])
-            on_bytes(len(raw))
+            on_bytes(size_bytes)
             continue
         nan = inf = 0
-        count = math.prod(checkpoint.entry(name).shape)
+        count = math.prod(shape)
         zero = count > 0
         for begin in range(0, count, CHUNK):
             end = min(begin + CHUNK, count)
@@ -66,7 +66,7 @@ def take(checkpoint: Checkpoint, census: Census, on_bytes: Callable[[int], objec
                 nan += int(np.isnan(values).sum())
                 inf += int(np.isinf(values).sum())
             zero = zero and not values.any()
-            on_bytes(len(raw) * end // count - len(raw) * begin // count)
+            on_bytes(size_bytes * end // count - size_bytes * begin // count)
         census.nan.update({name: nan} if nan else {})
         census.inf.update({name: inf} if inf else {})
         census.zero.extend([name] if zero else [])

@@ -111,8 +111,8 @@ def inspect_checkpoint(
     """
     path = Path(path)
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
-    wanted: list[PartName] = folders or [PARTS[0]]
-    checkpoints = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
+    names: list[PartName] = folders or [PARTS[0]]
+    checkpoints = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in names)
     verdicts: dict[PartName, Verdict] = {  # one for both text encoders, which are read together
         name: judge(
             path,
@@ -123,7 +123,7 @@ def inspect_checkpoint(
         for name, checkpoint in checkpoints.items()
         if name != "text_2" or "text" not in checkpoints
     }
-    first, verdict = checkpoints[wanted[0]], verdicts[wanted[0]]
+    first, verdict = checkpoints[names[0]], verdicts[names[0]]
     networks: dict[PartName, NetworkInfo] = {
         name: info for each in verdicts.values() for name, info in each.networks.items()
     }
@@ -134,6 +134,7 @@ def inspect_checkpoint(
     family = verdict.family
     declared = family is not None and "prediction" in family.declared
     guessed = guess(path, first, family.lineage) if family and "unet" in networks else Guess()
+    prediction = family and ((not declared and guessed.prediction) or family.prediction)
     distillation = guessed.distillation
     notes = [*_notes(verdict, networks, guessed)]
     if (average := averages_note(first.main_of(path))) is not None:
@@ -150,7 +151,7 @@ def inspect_checkpoint(
         exact=family.exact if family else False,
         layout="diffusers" if folders else _layout(verdict),
         parts=tuple(networks),
-        prediction=_prediction(family, guessed, declared),
+        prediction=prediction.value if prediction else None,
         prediction_declared=declared,
         distillation=distillation.name if distillation else None,
         preset=guessed.preset,
@@ -187,24 +188,18 @@ def _census(
 ) -> Census:
     from headstart.checkpoint.census import Census, take
 
-    census, done = Census(), 0
+    census, bytes_read = Census(), 0
     total = sum(checkpoint.size_bytes for checkpoint in checkpoints.values())
 
     def count(size_bytes: int) -> None:
-        nonlocal done
-        done += size_bytes
+        nonlocal bytes_read
+        bytes_read += size_bytes
         if on_bytes is not None:
-            on_bytes(done, total)
+            on_bytes(bytes_read, total)
 
     for checkpoint in checkpoints.values():
         take(checkpoint, census, count)
     return census
-
-
-def _prediction(family: Family | None, guessed: Guess, declared: bool) -> str | None:
-    if family is None:
-        return None
-    return (family.prediction if declared else guessed.prediction or family.prediction).value
 
 
 def _notes(

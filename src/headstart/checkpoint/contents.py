@@ -88,7 +88,7 @@ def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
     adapters = {name for name in names if ADAPTER.search(name)}
     locations = {name: _locations(name) for name in names if name not in adapters}
     chosen = _choose(locations)
-    of_networks = sum(not chosen.keys().isdisjoint(places) for places in locations.values())
+    of_networks = sum(any(option in chosen for option in row) for row in locations.values())
     if adapters and of_networks <= len(adapters):
         return {"adapter": {name: name for name in names}}
     parts: dict[str, dict[str, str]] = {}
@@ -102,42 +102,41 @@ def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def _locations(name: str) -> list[Location]:
     """The networks that the name can belong to, the shortest prefix first."""
     locations: list[Location] = []
-    for network, rest in readings(name):
-        for part, known in NAMES.items():
-            as_text = part == "text" and network in ("text", "text_2")
-            if (network in (None, part) or as_text) and known.names.fullmatch(rest):
-                named = network if as_text and network is not None else part
-                locations.append(Location(named, name[: len(name) - len(rest)]))
+    for network, bare in readings(name):
+        for part, patterns in NAMES.items():
+            if network not in (None, part, "text_2" if part == "text" else part):
+                continue
+            if patterns.names.fullmatch(bare):
+                locations.append(Location(network or part, name.removesuffix(bare)))
     return locations
 
 
-def _choose(locations: Mapping[str, list[Location]]) -> dict[Location, int]:
+def _choose(locations: Mapping[str, list[Location]]) -> list[Location]:
     """For each network the location with most names, with a marker or a clear prefix."""
-    counts = Counter(location for places in locations.values() for location in places)
+    counts = Counter(location for options in locations.values() for location in options)
     # A prefix that itself names a network, such as `unet.`, or a marker behind it.
     clear = {location for location in counts if any(n for n, _ in readings(location.prefix + "x"))}
     clear |= {
         location
-        for name, of_name in locations.items()
-        for location in of_name
+        for name, options in locations.items()
+        for location in options
         if NAMES["text" if location.part == "text_2" else location.part].marker.fullmatch(
             name[len(location.prefix) :]
         )
     }
-    chosen: dict[Location, int] = {}
+    chosen: list[Location] = []
     for part in PARTS:
-        first, *others = sorted(
-            (location for location in clear if location.part == part), key=lambda x: -counts[x]
-        ) or (None,)
-        if first is None:
+        options = [location for location in clear if location.part == part]
+        if not options:
             continue
+        first, *others = sorted(options, key=lambda location: -counts[location])
         if others and counts[first] == counts[others[0]]:
             raise CheckpointError(
                 f"two networks could be its {part}, with {counts[first]} tensors each: those "
                 f"under {first.prefix!r:.80} and those under {others[0].prefix!r:.80}; expected "
                 "one: take one of them out, or rename it"
             )
-        chosen[first] = counts[first]
+        chosen.append(first)
     return chosen
 
 

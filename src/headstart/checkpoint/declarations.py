@@ -21,7 +21,6 @@ from headstart.plan.spacing import Process
 
 T = TypeVar("T")
 
-
 STATEMENTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "scale_factor")
 """Tensors by which a single file declares what it is: Playground 2.5's mean and deviation of
 latents (then it is EDM), CosXL's levels (then EDM's v), and the scale of ldm's `scale_by_std`."""
@@ -56,8 +55,7 @@ class Statements:
     @property
     def flows(self) -> bool:
         """Whether its scheduler is one of rectified flow, or another one with use_flow_sigmas."""
-        others = self.scheduler.get("use_flow_sigmas") is True
-        return others or self.scheduler_class in FLOWS
+        return self.scheduler.get("use_flow_sigmas") is True or self.scheduler_class in FLOWS
 
     @property
     def scheduler_class(self) -> str | None:
@@ -117,19 +115,19 @@ def read_scheduler(config: Json) -> tuple[Process, Prediction]:
 
 def _from_metadata(metadata: Mapping[str, str], fields: dict[str, object]) -> None:
     for name in ("norm_groups", "vae_norm_groups", "image_size", "scale_factor", "head_dim"):
-        read = float if name == "scale_factor" else int
-        if (value := metadata_value(metadata, name, read)) is not None:
+        kind = float if name == "scale_factor" else int
+        if (value := metadata_value(metadata, name, kind)) is not None:
             fields[name] = value
             fields |= {"heads": None} if name == "head_dim" else {}
 
 
-def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
+def metadata_value(metadata: Mapping[str, str], name: str, kind: Callable[[str], T]) -> T | None:
     """`headstart.<name>` of the metadata as a positive number, or None when it is absent."""
     text = metadata.get(f"headstart.{name}")
     if text is None:
         return None
     try:
-        value = read(text)
+        value = kind(text)
         if not 0 < cast(float, value) < 2**31:
             raise ValueError("out of range")
     except ValueError as error:
@@ -235,12 +233,10 @@ def _schedule(table: NoiseSchedule, statements: Statements) -> dict[str, object]
         return {"schedule": NoiseSchedule.edm(low, high, data)}
     if statements.alphas is not None:
         values, rounding = statements.alphas
-        known = table.alphas_cumprod
+        alphas = table.alphas_cumprod
         # A rounded copy of the family's own schedule: prefer the float64 of the table.
-        if values.shape == known.shape and np.allclose(values, known, rtol=rounding, atol=0):
-            schedule = table
-        else:
-            schedule = NoiseSchedule.from_alphas_cumprod(values)
+        same = values.shape == alphas.shape and np.allclose(values, alphas, rtol=rounding, atol=0)
+        schedule = table if same else NoiseSchedule.from_alphas_cumprod(values)
     elif statements.flows:
         return {"schedule": scheduler.flow(statements.scheduler)}
     elif statements.scheduler_class in EDMS:

@@ -83,7 +83,7 @@ def _banded(layer: _Layer, height: int, width: int, rows: int) -> int:
     if layer.kind == "upsample":
         padded = min(rows + 4, height) * width
         return layer.outputs * (count + 2) * padded + 3 * layer.inputs * band // 4
-    whole, work = count * padded, 3 * layer.inputs * padded
+    pixels, work = count * padded, 3 * layer.inputs * padded
     if layer.inputs == layer.outputs:
-        return 2 * layer.outputs * whole + work
-    return max(layer.inputs * whole + 2 * layer.outputs * band, 2 * layer.outputs * whole) + work
+        return 2 * layer.outputs * pixels + work
+    return max(layer.inputs * pixels + 2 * layer.outputs * band, 2 * layer.outputs * pixels) + work

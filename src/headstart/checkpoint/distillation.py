@@ -106,19 +106,19 @@ class Guess:
         wrong_rule = bool(row.updates) and not rules <= set(row.updates)
         if not (unknown or jumps or wrong_rule):
             return None
-        many = f"{len(trained)} of them, {_listed(trained[:3])} ... {trained[-1]:g}"
-        shown = _listed(trained) if len(trained) <= 8 else many
+        many = f"{len(trained)} of them, {_joined(trained[:3])} ... {trained[-1]:g}"
+        timesteps = _joined(trained) if len(trained) <= 8 else many
         rule: dict[tuple[str, ...], str] = {
             (RENOISE,): " with fresh noise after each",
             (EULER,): " with Euler steps",
         }
-        actual = _listed([step.timestep for step in rows])
-        other = " with another update" if wrong_rule and not unknown else ""
+        actual = _joined([step.timestep for step in rows])
+        update = " with another update" if wrong_rule and not unknown else ""
         count = f", steps={self.steps}" if self.steps and self.steps not in row.by_steps else ""
         return (
             f"the {role} model is taken for {row.name} by its {self.why}, trained at timesteps "
-            f"{shown}{rule.get(row.updates, '')}; plan {name!r} runs it at {actual}{other}: use "
-            f"preset={self.preset!r}{count}"
+            f"{timesteps}{rule.get(row.updates, '')}; plan {name!r} runs it at {actual}{update}: "
+            f"use preset={self.preset!r}{count}"
         )
 
 
@@ -217,5 +217,5 @@ def _skips(rows: Sequence[Step], trained: tuple[float, ...]) -> list[float]:
     return [here for here, there in jumps if following.get(here) != there]
 
 
-def _listed(values: Iterable[float]) -> str:
+def _joined(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)

@@ -22,7 +22,7 @@ _WORDS = {
     "trained": ("trained ones", "averaged", "ema"),
     "average": ("averaged ones", "trained", "no-ema"),
 }
-_COPY, _OWN = "model_ema.", "model.diffusion_model."
+_COPY, _TRAINED = "model_ema.", "model.diffusion_model."
 _COPIES = _COPY + "diffusion_model"
 
 
@@ -41,7 +41,7 @@ def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
         _no_average(path)
     owners: dict[str, str] = {}
     for name, entry in entries.items():
-        if not name.startswith(_OWN):
+        if not name.startswith(_TRAINED):
             continue
         copy = _COPY + name.removeprefix("model.").replace(".", "")
         if copy in owners:

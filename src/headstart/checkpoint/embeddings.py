@@ -56,7 +56,7 @@ _WIDTHS: dict[int, Encoder] = {768: "text", 1280: "text_2"}
 """Width -> SDXL's encoder, whatever its name."""
 _TEXT_WIDTHS = frozenset({128, *_WIDTHS, 1024})
 """Widths of the bundled pair's encoder, SDXL's two, SD 2's: vectors under any name fit."""
-_NAMED = re.compile(r"(?!cond\Z|[0-9]*\Z)[^.]+")
+_TOKEN = re.compile(r"(?!cond\Z|[0-9]*\Z)[^.]+")
 """A possible token: not a number in a list, nor `Engine.sample`'s `cond`."""
 _LAYER = re.compile(r".*\.(weight|bias|alpha|scale)|.*:(up|down)")
 
@@ -122,7 +122,7 @@ def is_embedding(checkpoint: Checkpoint) -> bool:
     if any(map(_is_known, names)):
         return True
     entries = [checkpoint.entry(name) for name in names]
-    return all(map(_NAMED.fullmatch, names)) and all(
+    return all(map(_TOKEN.fullmatch, names)) and all(
         _is_vectors(entry) and entry.shape[-1] in _TEXT_WIDTHS for entry in entries
     )
 
@@ -192,13 +192,13 @@ def _grouped(path: Path, entries: Mapping[str, Entry]) -> dict[str | None, dict[
     groups: dict[str | None, dict[str, str]] = {}
     pairs = {name for pair in _PAIRS if {*pair} <= entries.keys() for name in pair}
     table = sum(_PARAMS.fullmatch(key) is not None for key in entries) > 1
-    whole = any(key.startswith("clip_") for key in entries)
+    is_clip = any(key.startswith("clip_") for key in entries)
     for key in entries:
         if bundled := _BUNDLE.fullmatch(key):
             name, field = bundled["token"], bundled["field"]
         elif params := _PARAMS.fullmatch(key):
             name, field = (params["token"], "") if table else (None, key)
-        elif key in pairs or key in _ALONE or (whole and _FOREIGN.fullmatch(key)):
+        elif key in pairs or key in _ALONE or (is_clip and _FOREIGN.fullmatch(key)):
             name, field = None, key
         else:
             name, field = key, ""
@@ -221,12 +221,9 @@ def _tokens(
     entries: Mapping[str, Entry],
 ) -> Iterator[Token]:
     token = rename or name or path.stem
-    foreign = [field for field in keys_of if _FOREIGN.fullmatch(field)]
-    if foreign:
-        fail(
-            path,
-            f"the token {token!r:.80} has vectors for {', '.join(foreign)}: {_origin(foreign)}",
-        )
+    if foreign := [field for field in keys_of if _FOREIGN.fullmatch(field)]:
+        fields, origin = ", ".join(foreign), _origin(foreign)
+        fail(path, f"the token {token!r:.80} has vectors for {fields}: {origin}")
     keys: dict[Encoder, str] = {}
     for field, key in keys_of.items():
         encoder = _encoder(field, entries[key].shape[-1], len(keys_of))
@@ -237,10 +234,11 @@ def _tokens(
                 f"one text encoder; expected one tensor for each",
             )
         keys[encoder] = key
-    counts = {encoder: _rows(entries[key].shape) for encoder, key in keys.items()}
+    shapes = {encoder: entries[key].shape for encoder, key in keys.items()}
+    counts = {e: shape[0] if len(shape) == 2 else 1 for e, shape in shapes.items()}
     if len({*counts.values()}) > 1:
         fail(path, f"expected as many vectors for each of SDXL's encoders, got {counts}")
-    widths: dict[Encoder, int] = {one: entries[keys[one]].shape[-1] for one in sorted(keys)}
+    widths: dict[Encoder, int] = {encoder: shapes[encoder][-1] for encoder in sorted(keys)}
     count = next(iter(counts.values()))
     if rename is None and name is None and keys_of.keys() <= {*_ROWS}:
         yield from (Token(f"<s{row}>", keys, widths, 1, row) for row in range(count))
@@ -260,10 +258,6 @@ def _is_vectors(entry: Entry) -> bool:
     shape = entry.shape if len(entry.shape) == 2 else (1, *entry.shape)
     fits = len(shape) == 2 and 0 not in shape and shape[0] <= MAX_VECTORS
     return fits and entry.dtype in FLOATS - UNREAD - SCALED.keys()
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 2 else 1
 
 
 def _is_known(name: str) -> bool:

@@ -167,8 +167,8 @@ def recognise(parts: Mapping[str, Shapes], metadata: Mapping[str, str]) -> Famil
     """
     name = metadata.get("headstart.family")
     if name is not None and name not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise CheckpointError(f"metadata headstart.family = {name[:40]!r}: expected one of {known}")
+        names = ", ".join(FAMILIES)
+        raise CheckpointError(f"metadata headstart.family = {name[:40]!r}: expected one of {names}")
     if name is not None:
         return FAMILIES[name]
     if "unet" in parts:

@@ -5,16 +5,15 @@ Otherwise one sentence: how many do not fit, three of them, and the nearest arch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from headstart.checkpoint.dtypes import FLOATS, UNREAD, unsupported
-from headstart.checkpoint.families import FAMILIES
+from headstart.checkpoint.families import FAMILIES, Shapes
 from headstart.checkpoint.tensors import TITLES, Part
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-SHOWN = 3
+MOST_NAMES = 3
+"""Names of a list in an error."""
 LONGEST = 120
 """Characters of a name in an error; the longest of a known file has 130."""
 
@@ -29,8 +28,8 @@ class Misfit(NamedTuple):
 def misfit(part: Part, expected: Shapes) -> Misfit | None:
     """What is wrong with a part whose network has the `expected` tensors; None: it fits."""
     shapes = part.shapes
-    others = set(part.checkpoint.split().get("", {}).values())
-    duplicates = [name for name in part.strays if name not in others]
+    unknown = set(part.checkpoint.split().get("", {}).values())
+    duplicates = [name for name in part.strays if name not in unknown]
     problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - expected.keys()) + duplicates,
@@ -45,18 +44,16 @@ def misfit(part: Part, expected: Shapes) -> Misfit | None:
             if name in expected and part.dtype(name) not in FLOATS
         ],
     }
-    lines = [
-        f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names
-    ]
+    lines = [f"{len(names)} {p}: {first_few(names)}" for p, names in problems.items() if names]
     if not lines:
         return _unread(part)
     fix = _nearest(part) or ". Fetch the file again, or take one of a known family"
     if problems["unexpected"] and len(lines) == 1:
         fix += "; `--allow NAME` (allow=) lets such tensors be"
     details = tuple(
-        "\n".join([f"{what}:", *(f"  {name}" for name in names)])
-        for what, names in problems.items()
-        if len(names) > SHOWN
+        "\n  ".join([f"{problem}:", *names])
+        for problem, names in problems.items()
+        if len(names) > MOST_NAMES
     )
     return Misfit(f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}", details)
 
@@ -72,8 +69,8 @@ def _unread(part: Part) -> Misfit | None:
 
 def first_few(names: Sequence[str]) -> str:
     """The first three, for a message."""
-    more = ", ..." if len(names) > SHOWN else ""
-    return ", ".join(name[: 2 * LONGEST] for name in names[:SHOWN]) + more
+    more = ", ..." if len(names) > MOST_NAMES else ""
+    return ", ".join(name[: 2 * LONGEST] for name in names[:MOST_NAMES]) + more
 
 
 def _nearest(part: Part) -> str:

@@ -61,34 +61,27 @@ def shards(index: Path) -> tuple[Path, ...]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: expected a `weight_map` of tensor names to file names")
-    wanted: dict[str, set[str]] = {}
+    names_of: dict[str, set[str]] = {}
     for name, file in cast(dict[str, object], table).items():
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or ".." in file:
             raise CheckpointError(
                 f"{index}: {file!r:.80} is not the plain name of a file beside it"
             )
-        wanted.setdefault(file, set()).add(name)
-    for file, names in wanted.items():
-        stored = read_header(index.parent / file).entries.keys()
-        if stored != names:
-            name = min(stored ^ names)
+        names_of.setdefault(file, set()).add(name)
+    for file, names in names_of.items():
+        if odd := read_header(index.parent / file).entries.keys() ^ names:
+            name = min(odd)
             where = "only in the index" if name in names else "only in the shard"
             raise CheckpointError(f"{index}: {name!r} is {where} {file}; fetch the shard set again")
-    return tuple(index.parent / file for file in sorted(wanted))
+    return tuple(index.parent / file for file in sorted(names_of))
 
 
 def config_of(folder: Path, part: PartName) -> dict[str, object]:
     """`config.json` of the folder, if it describes a network of that part."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    config = read_json(path)
-    architectures = config.get("architectures")
-    name = config.get("_class_name") or (
-        cast(list[object], architectures)[0]
-        if isinstance(architectures, list) and architectures
-        else None
-    )
+    config = json_in(folder, "config.json")
+    name = config.get("_class_name")
+    if not name and isinstance(classes := config.get("architectures"), list):
+        name = next(iter(cast(list[object], classes)), None)
     return config if name in _CLASSES[part] else {}
 
 
@@ -99,9 +92,7 @@ def root_of(path: Path) -> Path | None:
     component = path if path.is_dir() else path.parent
     root = component.parent
     marks = (root / "model_index.json", root / "scheduler" / "scheduler_config.json")
-    inside = component.name in (*COMPONENTS.values(), UNET_EMA) and any(
-        mark.is_file() for mark in marks
-    )
+    inside = component.name in (*COMPONENTS.values(), UNET_EMA) and any(map(Path.is_file, marks))
     return root if inside else None
 
 

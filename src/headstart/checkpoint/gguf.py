@@ -115,10 +115,9 @@ class _Reader:
     """Reads a header from front to back; raises for counts beyond the end of the file."""
 
     def __init__(self, path: Path, text: bytes, size: int) -> None:
-        self.path, self.text, self.size, self.at = path, text, size, 0
-        if text[:4] != MAGIC:
+        self.path, self.text, self.size, self.at = path, text, size, len(MAGIC)
+        if not text.startswith(MAGIC):
             fail(path, f"expected GGUF, got {text[:4]!r}")
-        self.at = 4
         version = self._number("I")
         if version not in (2, 3):
             what = "written for big-endian machines" if version & 0xFFFF == 0 else version
@@ -188,11 +187,11 @@ class _Reader:
             fail(self.path, f"{name[:80]!r}: expected one to eight whole numbers")
         return tuple(self._number(code) for _ in range(count))
 
-    def _count(self, what: str, least_bytes: int, most: int = MAX_ITEMS) -> int:
+    def _count(self, items: str, least_bytes: int, most: int = MAX_ITEMS) -> int:
         """A count of items of at least `least_bytes` each; raises if they cannot be in the file."""
         count = self._number("Q")
         if count > most or count * least_bytes > len(self.text) - self.at:
-            self._short(f"{count} {what[:80]} are claimed")
+            self._short(f"{count} {items[:80]} are claimed")
         return count
 
     def _name(self) -> str:
@@ -220,7 +219,7 @@ class _Reader:
         begin, self.at = self.at, end
         return self.text[begin:end]
 
-    def _short(self, what: str) -> NoReturn:
+    def _short(self, claim: str) -> NoReturn:
         if len(self.text) < self.size:
-            fail(self.path, f"{what}: a header of more than {MAX_HEADER_BYTES} bytes, or damaged")
-        fail(self.path, f"{what}, and the file ends at {self.size}; fetch the file again")
+            fail(self.path, f"{claim}: a header of more than {MAX_HEADER_BYTES} bytes, or damaged")
+        fail(self.path, f"{claim}, and the file ends at {self.size}; fetch the file again")

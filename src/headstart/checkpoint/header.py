@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -110,7 +111,7 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         if not path.is_file():
             hint = download_of(path) or "give the path of a checkpoint file or folder"
-            raise CheckpointError(f"{path} {_what_else(path)}: {hint}")
+            raise CheckpointError(f"{path} {_why_irregular(path)}: {hint}")
         return path.open("rb")
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -119,7 +120,7 @@ def open_regular(path: Path) -> BufferedReader:
         raise CheckpointError(f"{str(path)!r:.300} cannot be opened: {reason}") from error
 
 
-def _what_else(path: Path) -> str:
+def _why_irregular(path: Path) -> str:
     if path.is_dir():
         return "is a folder"
     if path.exists():
@@ -145,8 +146,7 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:80]!r} appears twice")
     return table
 
@@ -173,16 +173,16 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
         fail(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {names!r:.120}")
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        known = ", ".join(DTYPE_BITS)
-        fail(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; expected one of {known}")
+        names = ", ".join(DTYPE_BITS)
+        fail(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; expected one of {names}")
     shape = _integers(path, name, "shape", fields["shape"], MAX_RANK)
     offsets = _integers(path, name, "data_offsets", fields["data_offsets"], 2)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         fail(path, f"tensor {name[:80]!r}: data_offsets {offsets} is not [begin, end]")
-    bits, got = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
-    if bits != 8 * got:
+    bits, size = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    if bits != 8 * size:
         need = f"{dtype} {shape} needs {bits / 8:.16g} bytes"
-        fail(path, f"tensor {name[:80]!r}: {need}, the file gives {got}")
+        fail(path, f"tensor {name[:80]!r}: {need}, the file gives {size}")
     return Entry(dtype, shape, data + offsets[0], data + offsets[1])
 
 

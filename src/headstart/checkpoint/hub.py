@@ -28,5 +28,5 @@ def download_of(path: str | Path) -> str | None:
         return None
     repository, file = f"{match['owner']}/{match['name']}", match["file"]
     command = f"hf download {repository} {file or 'FILE'} --local-dir models"
-    which = "" if file else f", FILE being one of https://huggingface.co/{repository}/tree/main"
-    return f"nothing is fetched here: `{command}`{which}; then give models/{file or 'FILE'}"
+    files = "" if file else f", FILE being one of https://huggingface.co/{repository}/tree/main"
+    return f"nothing is fetched here: `{command}`{files}; then give models/{file or 'FILE'}"

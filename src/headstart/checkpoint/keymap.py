@@ -133,13 +133,7 @@ def unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
 
 # --------------------------------------------------------------------- VAE
 
-_ATTENTION = {
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
-}
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _VAE = (
     (".mid.block_1.", ".mid_block.resnets.0."),
     (".mid.block_2.", ".mid_block.resnets.1."),
@@ -177,14 +171,14 @@ def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """{our name: LDM name} of a VAE, the inverse of `vae_name`; unknown names are absent."""
     names = list(names)
     levels = _levels(names)
-    mapped: dict[str, str] = {}
+    new_names: dict[str, str] = {}
     for name in names:
         new = _with_level(name, "", levels)
         for ldm, ours in _VAE:
             new = new.replace(ours, ldm)
         if _VAE_LDM.fullmatch(new):
-            mapped[name] = new
-    return mapped
+            new_names[name] = new
+    return new_names
 
 
 def _with_level(name: str, suffix: str, levels: int) -> str:
@@ -246,11 +240,11 @@ def _text_names(name: str) -> list[Source]:
     if match is None:
         bare = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
         return [Source(f"text_model.{name}" if bare else name)]
-    layer, rest = f"text_model.encoder.layers.{match[1]}", match[2]
-    if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        leaf = rest.removeprefix("attn.in_proj_")
-        return [Source(f"{layer}.self_attn.{op}_proj.{leaf}", op) for op in ("q", "k", "v")]
-    inner = rename(rest, OPENCLIP_INNER)
+    layer, leaf = f"text_model.encoder.layers.{match[1]}", match[2]
+    if leaf in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        kind = leaf.removeprefix("attn.in_proj_")
+        return [Source(f"{layer}.self_attn.{op}_proj.{kind}", op) for op in ("q", "k", "v")]
+    inner = rename(leaf, OPENCLIP_INNER)
     return [Source(f"{layer}.{inner}" if inner else name)]
 
 
@@ -262,9 +256,9 @@ def tiny_sources(names: Mapping[str, str]) -> dict[str, Source]:
     decoder = not any(name.startswith("0.") for name in names)
     sources: dict[str, Source] = {}
     for name, full in names.items():
-        index, _, rest = name.partition(".")
+        index, _, leaf = name.partition(".")
         if index.isdecimal() and len(index) <= 3:
             half, i = ("decoder", int(index) - 1) if decoder else ("encoder", int(index))
-            name = f"{half}.layers.{i}.{rest}"
+            name = f"{half}.layers.{i}.{leaf}"
         sources[name] = Source(full)
     return sources

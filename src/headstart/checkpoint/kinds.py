@@ -22,14 +22,14 @@ class Kind(NamedTuple):
     beside: bool = False
 
 
-_OTHER = "not of the UNet family, so no option takes it"
+_ANOTHER_FAMILY = "not of the UNet family, so no option takes it"
 STEERS = "it steers a UNet by a picture, which no plan gives, so no option takes it"
 """For what works beside a UNet; it may have tensors with a LoRA's names too."""
 _FILMS = "it makes films, so no option takes it"
 _FEATURES = "for --features of `evaluate` and `compare`, with the files beside it"
 
 
-def _kind(what: str, sign: str, fix: str = _OTHER, *, beside: bool = False) -> Kind:
+def _kind(what: str, sign: str, fix: str = _ANOTHER_FAMILY, *, beside: bool = False) -> Kind:
     # At the start of a name or after a dot, so prefixes do not matter.
     return Kind(what, re.compile(rf"(?:^|\.)(?:{sign})", re.MULTILINE), fix, beside)
 

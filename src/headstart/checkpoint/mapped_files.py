@@ -54,12 +54,12 @@ class MappedFiles:
 
         Each instance has its own memory map, so a write to one does not show in another.
         """
-        if (known := _CACHE.get()) is None:
+        if (cache := _CACHE.get()) is None:
             return cls(files)
         key = tuple(files)
-        if key not in known:
-            known[key] = cls(key)
-        mapped = copy(known[key])
+        if key not in cache:
+            cache[key] = cls(key)
+        mapped = copy(cache[key])
         mapped._maps = {}
         return mapped
 

@@ -106,7 +106,7 @@ def judge_unet(part: Part, family: Family | None, overrides: Overrides) -> Netwo
         family = replace(family, head_dim=overrides.head_dim, heads=None)
     params = unet_params(part.shapes, family)
     needs = () if overrides.head_dim is not None else heads_needs(family)
-    problem = _other_unet(params)
+    problem = _why_no_family(params)
     info = NetworkInfo(part=part, family=family, unet=params, needs=needs, problem=problem)
     if info.problem is None:
         expected = blueprint.unet(params)
@@ -130,7 +130,7 @@ def _no_family(part: Part) -> str:
     )
 
 
-def _other_unet(params: UNetParams) -> str | None:
+def _why_no_family(params: UNetParams) -> str | None:
     """What the UNet is, if it has the names of these families but belongs to none."""
     if (params.channels, params.context_dim) == (384, 1280):
         return (
@@ -145,8 +145,8 @@ def _other_unet(params: UNetParams) -> str | None:
     if inputs == outputs:
         return None
     if outputs == 4 and inputs in _INPUTS:
-        what, wants = _INPUTS[inputs]
-        return f"{what} ({inputs} input channels): it wants {wants} besides the latent, {_LATENT}"
+        title, needed = _INPUTS[inputs]
+        return f"{title} ({inputs} input channels): it wants {needed} besides the latent, {_LATENT}"
     return (
         f"a UNet that reads {inputs} channels and gives {outputs}: expected as many, those of the "
         "latent"
@@ -176,12 +176,12 @@ def judge_vae(part: Part, family: Family, overrides: Overrides) -> NetworkInfo:
     expected = blueprint.vae(params)
     needs: tuple[Need, ...] = ()
     if family.name == "unknown" and "scale_factor" not in family.declared:
-        known = _SCALES if params.latent_channels == 4 else _SCALES_16
+        scales = _SCALES if params.latent_channels == 4 else _SCALES_16
         needs = (
             Need(
                 "scale_factor=",
                 "this VAE does not say its scale factor, and SD's and SDXL's look the same: "
-                f"pass scale_factor={known}",
+                f"pass scale_factor={scales}",
             ),
         )
     info = NetworkInfo(part=part, family=family, vae=params, needs=needs)
@@ -276,8 +276,8 @@ def _judge_text(part: Part, rule: TextRule, family: Family, overrides: Overrides
 def _without_unused(part: Part, rule: TextRule) -> Part:
     """Without tensors that are never run: SD2.1's 24th OpenCLIP layer, SD 1 and 2's projections."""
     unused = [] if rule.pooled else ["text_projection."]
-    stored = [source.name for source in part.sources.values()]
-    if rule.skip_last and any(".resblocks." in name for name in stored):
+    is_openclip = any(".resblocks." in source.name for source in part.sources.values())
+    if rule.skip_last and is_openclip:
         layers = indices(part.shapes, "text_model.encoder.layers")
         unused.append(f"text_model.encoder.layers.{layers[-1] if layers else 0}.")
     sources = {n: s for n, s in part.sources.items() if not n.startswith(tuple(unused))}
@@ -291,12 +291,10 @@ def judge_tiny(part: Part, overrides: Overrides) -> NetworkInfo:
     """Of one half or both; the families here have latents of 4 channels."""
     halves = sorted({name.partition(".")[0] for name in part.shapes} & {"decoder", "encoder"})
     params = {half: tiny_params(part.shapes, half) for half in halves}
-    expected = {
-        name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
-    }
+    expected = {n: s for half in halves for n, s in blueprint.tiny(params[half], half).items()}
     info = _fitted(NetworkInfo(part=part, tiny=params), expected, overrides)
     channels = next((half.latent_channels for half in params.values()), 4)
-    if info.problem is not None and _is_other_make(info.part):
+    if info.problem is not None and not _is_taesd(info.part):
         sizes = ", ".join(f"{name} of {half.latent_channels}" for name, half in params.items())
         problem = (
             f"a tiny autoencoder of another make ({sizes} channels), not TAESD's: the families "
@@ -304,7 +302,7 @@ def judge_tiny(part: Part, overrides: Overrides) -> NetworkInfo:
         )
     elif info.problem is None and channels != 4:
         problem = (
-            f"a tiny autoencoder of {channels}-channel latents{_OTHER_LATENTS.get(channels, '')}: "
+            f"a tiny autoencoder of {channels}-channel latents{_LATENTS.get(channels, '')}: "
             "the families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
         )
     else:
@@ -312,11 +310,11 @@ def judge_tiny(part: Part, overrides: Overrides) -> NetworkInfo:
     return replace(info, problem=problem)
 
 
-def _is_other_make(part: Part) -> bool:
-    """Whether the first layer is narrower than the blocks, as in Sana's and not in TAESD's."""
+def _is_taesd(part: Part) -> bool:
+    """Whether the first layer is as wide as the blocks, unlike in Sana's."""
     first = {s[0] for name, s in part.shapes.items() if name.endswith("layers.0.weight") and s}
     blocks = {s[0] for name, s in part.shapes.items() if name.endswith("conv.0.weight") and s}
-    return bool(blocks) and first != blocks
+    return not blocks or first == blocks
 
 
-_OTHER_LATENTS = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}
+_LATENTS = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}

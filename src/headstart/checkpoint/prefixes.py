@@ -70,7 +70,6 @@ SINGLE_FILE = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "
 DEEPEST = 4
 """Most prefixes that are removed from a name; known files have up to three."""
 
-
 _BY_LETTER = {
     letter: [row for row in PREFIXES if row[0].startswith(letter)]
     for letter in {prefix[0] for prefix, _ in PREFIXES}
@@ -83,11 +82,11 @@ def readings(name: str) -> Iterator[Reading]:
     A prefix may belong to the network's own names (OpenCLIP's layers begin with `transformer.`), so
     the reading that a network knows counts. A prefix that names a network wins over earlier ones.
     """
-    seen = [(Reading(None, name), 0)]
-    for reading, depth in seen:
+    queue = [(Reading(None, name), 0)]
+    for reading, depth in queue:
         yield reading
         for prefix, network in _BY_LETTER.get(reading.rest[:1], ()) if depth < DEEPEST else ():
             if reading.rest.startswith(prefix) and len(reading.rest) > len(prefix):
-                further = Reading(network or reading.network, reading.rest[len(prefix) :])
-                if all(further != other for other, _ in seen):
-                    seen.append((further, depth + 1))
+                inner = Reading(network or reading.network, reading.rest[len(prefix) :])
+                if all(inner != queued for queued, _ in queue):
+                    queue.append((inner, depth + 1))

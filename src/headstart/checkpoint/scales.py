@@ -21,12 +21,11 @@ from headstart.lazy import Array, np
 Entries = Mapping[str, Entry]
 Read = Callable[[str], memoryview]
 
-SCALED = {f"{stored}*scale": stored for stored in ("F8_E4M3", "F8_E5M2", "I8")}
+SCALED = {f"{dtype}*scale": dtype for dtype in ("F8_E4M3", "F8_E5M2", "I8")}
 """The dtype of a weight that has a scale -> the dtype of its stored numbers.
 
 A separate name, so that code for plain F8_E4M3 cannot take the stored numbers for the weight."""
 DESCRIPTION_BYTES = 4096
-
 
 Layout = Literal["tensor", "rows", "columns"]
 
@@ -34,7 +33,7 @@ Layout = Literal["tensor", "rows", "columns"]
 class Scale(NamedTuple):
     """The stored name of a weight's scale, and its divisor."""
 
-    stored: str
+    name: str
     divisor: float = 1.0
 
 
@@ -65,7 +64,7 @@ _BESIDE = (_DESCRIPTION, _ORDER, ".scale_input", ".input_scale", ".output_scale"
 """Scales of inputs and outputs only matter for rounding activations, not for weights."""
 _FIX = "take a release in F16, BF16 or F32, or in eight bits with one scale a tensor or a row"
 
-_OTHERS = (
+_UNSUPPORTED = (
     (".quant_state.bitsandbytes__nf4", "bitsandbytes' 4-bit nf4"),
     (".quant_state.bitsandbytes__fp4", "bitsandbytes' 4-bit fp4"),
     (".weight.absmax", "bitsandbytes' 4-bit weights"),
@@ -80,7 +79,7 @@ _OTHERS = (
 )
 """Ending of a tensor name -> its scheme, for schemes that are not supported."""
 
-_LAST_WORDS = {ending.rpartition(".")[2] for ending, _ in _OTHERS} | {
+_LAST_WORDS = {ending.rpartition(".")[2] for ending, _ in _UNSUPPORTED} | {
     *(rule.scale.rpartition(".")[2] for rule in _RULES),
     *(ending[1:] for ending in _BESIDE),
     _MARKER,
@@ -119,7 +118,7 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
     """
     if LAYERS not in metadata and not any(n.rpartition(".")[2] in _LAST_WORDS for n in entries):
         return Scales()  # 0.3 ms for SDXL's UNet of 1680 names; all that follows takes 8
-    for ending, scheme in _OTHERS:  # the most specific first
+    for ending, scheme in _UNSUPPORTED:  # the most specific first
         if name := next((name for name in entries if name.endswith(ending)), None):
             fail(path, f"{name[:120]!r} is of {scheme}, which is not read: {_FIX}")
     of: dict[str, Scale] = {}
@@ -133,7 +132,7 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
         weight = module + rule.weight
         _check_pair(path, name, entry, weight, entries)
         if weight in of:
-            fail(path, f"{weight[:120]!r} has two scales, {of[weight].stored[-60:]!r} and "
+            fail(path, f"{weight[:120]!r} has two scales, {of[weight].name[-60:]!r} and "
                        f"{name[-60:]!r}: expected one")  # fmt: skip
         of[weight] = Scale(name, rule.divisor)
         if weight != (ours := f"{module}.weight"):
@@ -152,7 +151,7 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
         of={renamed.get(weight, weight): scale for weight, scale in of.items()},
         renamed=renamed,
         stored={ours: name for name, ours in renamed.items()},
-        dropped=frozenset(beside | {scale.stored for scale in of.values()}),
+        dropped=frozenset(beside | {scale.name for scale in of.values()}),
     )
 
 
@@ -167,7 +166,7 @@ def factor(
         values = widen(raw, entry.dtype).astype("<f4") / np.float32(scale.divisor)
     valid = np.isfinite(values) & (values >= 0 if scale.divisor != 1 else values > 0)
     if not valid.all():
-        fail(path, f"the scale {scale.stored[:120]!r} holds {values[np.argmin(valid)]:g}: expected "
+        fail(path, f"the scale {scale.name[:120]!r} holds {values[np.argmin(valid)]:g}: expected "
                    "positive finite numbers; the file is damaged, fetch it again")  # fmt: skip
     shapes = {"rows": (-1, *[1] * (len(weight) - 1)), "columns": (1, -1), "tensor": ()}
     return values.reshape(shapes[layout(weight, entry.shape) or "tensor"])
@@ -191,15 +190,15 @@ def _check_pair(path: Path, name: str, scale: Entry, weight: str, entries: Entri
     if weight not in entries:
         fail(path, f"{name[:120]!r} is the scale of {weight[:120]!r}, which is not in the file: it "
                    "is torn; fetch it again")  # fmt: skip
-    stored = entries[weight]
-    if stored.dtype not in SCALED.values():
+    dtype, shape = entries[weight][:2]
+    if dtype not in SCALED.values():
         fail(path, f"{name[:120]!r} is the scale of an eight-bit weight, and {weight[:120]!r} is "
-                   f"{stored.dtype}: it may have been widened without its scale; take the file it "
+                   f"{dtype}: it may have been widened without its scale; take the file it "
                    "was made from")  # fmt: skip
     if scale.dtype not in ("F64", "F32", "F16", "BF16"):
         fail(path, f"{name[:120]!r}: expected a scale in F32, F16 or BF16, got {scale.dtype}")
-    if layout(stored.shape, scale.shape) is None:
-        fail(path, f"{name[:120]!r}: a scale {list(scale.shape)} for a weight {list(stored.shape)}"
+    if layout(shape, scale.shape) is None:
+        fail(path, f"{name[:120]!r}: a scale {list(scale.shape)} for a weight {list(shape)}"
                    ": expected one number, or one for each row; one for each block is not read"
              )  # fmt: skip
 
@@ -232,11 +231,7 @@ def _beside(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -
 
 
 def _check_descriptions(
-    path: Path,
-    entries: Entries,
-    metadata: Mapping[str, str],
-    of: Mapping[str, Scale],
-    read: Read,
+    path: Path, entries: Entries, metadata: Mapping[str, str], of: Mapping[str, Scale], read: Read
 ) -> None:
     """ComfyUI's JSON of each layer must have one scale a tensor or row, and no rotation."""
     formats: dict[str, object] = {}

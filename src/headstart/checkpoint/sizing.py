@@ -6,17 +6,15 @@ file's metadata, the config.json beside it, or the caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
 from headstart.checkpoint.declarations import metadata_value
-from headstart.checkpoint.families import FAMILIES, Family, TextRule
+from headstart.checkpoint.families import FAMILIES, Family, Shapes, TextRule
 from headstart.checkpoint.params import ClipParams, Mid, Stage, TinyParams, UNetParams, VaeParams
 from headstart.checkpoint.tensors import Part
 from headstart.errors import CheckpointError
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _CLIP_WIDTHS = (768, 1024, 1280)
 _CLIP_HEAD_DIM = 64  # CLIP-L, OpenCLIP-H and OpenCLIP-bigG alike (arXiv:2103.00020, table 19)
@@ -93,13 +91,11 @@ def vae_params(part: Part, family: Family) -> VaeParams:
         _dim(shapes, 0, *(f"{side}.{b}.resnets.{i}.conv2.weight" for i in (0, 1)))
         for b in indices(shapes, side)
     )
-    latent = _optional(shapes, 0, "post_quant_conv.weight")
-    if latent is None:
-        latent = _optional(shapes, 0, "post_quant_conv.bias")
+    latent = _optional(shapes, 0, "post_quant_conv.weight", "post_quant_conv.bias")
     return VaeParams(
         channels=channels if encodes else channels[::-1],
         layers=len(indices(shapes, f"{side}.0.resnets")) - extra,
-        latent_channels=_dim(shapes, 1, "decoder.conv_in.weight") if latent is None else latent,
+        latent_channels=latent or _dim(shapes, 1, "decoder.conv_in.weight"),
         pixel_channels=_dim(shapes, 0, "decoder.conv_out.weight", "decoder.conv_out.bias"),
         norm_groups=family.vae_norm_groups,
         scale_factor=family.scale_factor,
@@ -160,15 +156,15 @@ def indices(shapes: Iterable[str], prefix: str) -> list[int]:
 
 def _dim(shapes: Shapes, axis: int, *names: str) -> int:
     """Size of an axis, from the first of these tensors that has it."""
-    for name in names:
-        if (size := _optional(shapes, axis, name)) is not None:
-            return size
-    raise CheckpointError(f"missing or misshapen: {names[0]}, which tells the size of the network")
+    if (size := _optional(shapes, axis, *names)) is None:
+        message = f"missing or misshapen: {names[0]}, which tells the size of the network"
+        raise CheckpointError(message)
+    return size
 
 
-def _optional(shapes: Shapes, axis: int, name: str) -> int | None:
-    shape = shapes.get(name, ())
-    return shape[axis] if len(shape) > axis and 0 < shape[axis] < 2**20 else None
+def _optional(shapes: Shapes, axis: int, *names: str) -> int | None:
+    sizes = (size for name in names for size in shapes.get(name, ())[axis : axis + 1])
+    return next((size for size in sizes if 0 < size < 2**20), None)
 
 
 # --------------------------------------------------------------------- heads

@@ -189,12 +189,12 @@ class Checkpoint:
         dtype, shape = self.entry(name)[:2]
         count = math.prod(shape)
         end = count if end is None else end
-        stored = SCALED.get(dtype, dtype)
+        raw_dtype = SCALED.get(dtype, dtype)
         if dtype in BLOCKS:
             check_package(self._mapped.path(name), dtype)
-        _, items, size = BLOCKS.get(stored) or (0, 1, DTYPE_BYTES[stored])
+        _, items, size = BLOCKS.get(raw_dtype) or (0, 1, DTYPE_BYTES[raw_dtype])
         first, last = begin // items, -(-end // items)
-        wide = widen(self.raw(name)[first * size : last * size], stored)
+        wide = widen(self.raw(name)[first * size : last * size], raw_dtype)
         wide = wide[begin - first * items : end - first * items]
         if dtype not in SCALED or not len(wide):
             return wide
@@ -227,16 +227,16 @@ class Checkpoint:
         tensor = self._view(name, dtype)
         return tensor.half() if dtype in FLOAT8 else tensor
 
-    def _view(self, name: str, stored: str) -> Tensor:
+    def _view(self, name: str, raw_dtype: str) -> Tensor:
         import torch
 
-        dtype = cast("torch.dtype", getattr(torch, TORCH_NAMES[stored]))
+        dtype = cast("torch.dtype", getattr(torch, TORCH_NAMES[raw_dtype]))
         entry, raw = self.entry(name), self.raw(name)
         if not len(raw):
             return torch.empty(entry.shape, dtype=dtype)
         flat = torch.frombuffer(raw, dtype=torch.uint8)
         # Older writers do not pad the header, so data may start 2 or 4 bytes off (SD2.1, SD1.5).
-        if entry.begin % DTYPE_BYTES[stored]:
+        if entry.begin % DTYPE_BYTES[raw_dtype]:
             flat = flat.clone()
         return flat.view(dtype).reshape(entry.shape)
 
@@ -257,8 +257,8 @@ class Checkpoint:
 
     def _factor(self, name: str) -> Array:
         scale = self.scales.of[name]
-        entry, raw = self._mapped.entries[scale.stored], self._mapped.raw(scale.stored)
-        return factor(self._mapped.path(scale.stored), scale, entry, raw, self.entry(name).shape)
+        entry, raw = self._mapped.entries[scale.name], self._mapped.raw(scale.name)
+        return factor(self._mapped.path(scale.name), scale, entry, raw, self.entry(name).shape)
 
 
 class _Contents(NamedTuple):

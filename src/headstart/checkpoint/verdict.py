@@ -97,8 +97,8 @@ class Verdict:
         """What the file holds and which option takes it, for the end of an error message."""
         if self.what is not None:
             return f"{self.what}: {FIXES[self.what]}"
-        where = {"unet": "--base or --distilled", "tiny": "--preview", "text_2": "--text"}
-        options = dict.fromkeys(where.get(part, f"--{part}") for part in self.networks)
+        option_of = {"unet": "--base or --distilled", "tiny": "--preview", "text_2": "--text"}
+        options = dict.fromkeys(option_of.get(part, f"--{part}") for part in self.networks)
         titles = ", ".join(TITLES[part] for part in self.networks)
         return f"{titles}: give such a file as {', '.join(options)}"
 
@@ -191,8 +191,8 @@ def _without_path(error: CheckpointError, path: Path, checkpoint: Checkpoint) ->
 def _is_beside(kind: Kind, parts: Mapping[PartName, Part]) -> bool:
     """Whether the file has a whole network too: a ControlNet has half of a UNet's tensors."""
     unet = parts.get("unet")
-    whole = unet is None or any(name.startswith("up_blocks.") for name in unet.shapes)
-    return kind.beside and bool(parts) and whole
+    is_complete = unet is None or any(name.startswith("up_blocks.") for name in unet.shapes)
+    return kind.beside and bool(parts) and is_complete
 
 
 def _check_claimed(checkpoint: Checkpoint, allow: Collection[str], where: str = "") -> None:
@@ -250,8 +250,8 @@ def next_of(path: Path, verdict: Verdict, networks: Mapping[PartName, NetworkInf
     options = dict.fromkeys(need.option for need in needs if need.option.startswith("--"))
     more = f" with {' and '.join(options)}" if options else ""
     if "unet" in networks:
-        whole = "" if len(networks) > 1 else ", with a full model as the other"
-        return f"--base {file} or --distilled {file}{more}{whole}"
+        other = "" if len(networks) > 1 else ", with a full model as the other"
+        return f"--base {file} or --distilled {file}{more}{other}"
     if "vae" in networks:
         params = networks["vae"].vae
         return f"--vae {file}" if params is None or params.latent_channels == 4 else _IN_PYTHON
