@@ -11,7 +11,7 @@ from headstart.commands.parser import LIST, Parser, add_options
 from headstart.commands.values import batch, count, offset, output
 from headstart.networks.prompt_style import EXCLAMATIONS, PROMPT_STYLES
 
-RUNNERS = ("auto", "eager", "compiled", "graph", "replay", "trajectory")
+RUNNERS = ("auto", "eager", "compiled", "graph", "replay", "trajectory", "openvino")
 """As in `headstart.runner.runner.RunnerName`, which loads torch."""
 
 SIZE = """

@@ -113,7 +113,8 @@ def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
     engine = open_engine(args, largest=recorded.size)
     if (
         args.packed in (None, "direct")
-        and not engine.weights.packed
+        and recorded.machine.get("packed") != "decoder"
+        and engine.weights.packed in (False, "decoder")
         and engine.weights.device.type == "cpu"
     ):
         from headstart.networks.casting import compute_dtype
@@ -145,8 +146,9 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
         if getattr(args, role) is None and not file.startswith(_BUNDLED):
             setattr(args, role, file)
     args.embedding = args.embedding or recorded_embeddings(weights)
-    if args.packed is None and machine.get("packed") is not True:
-        args.packed = machine.get("packed", False)
+    packed = machine.get("packed", False)
+    if args.packed is None and packed not in (True, "decoder"):
+        args.packed = packed
     for name in ("dtype", "vae_dtype", "embedded_guidance", "ema", "exclamation"):
         if getattr(args, name) in ("auto", None):
             setattr(args, name, machine.get(name, getattr(args, name)))

@@ -52,8 +52,8 @@ class Engine:
     """Networks held warm. An engine has no state of a run, so threads may sample on it at once.
 
     weights   the networks, see `headstart.engine.pair.Pair`
-    runner    how a network is called: "eager", "compiled", "graph" or "replay"; "trajectory": how
-              a whole run is, in `sample`, where nothing looks at its rows
+    runner    how a network is called: "eager", "compiled", "graph", "replay", "openvino"; or how a
+              whole run is, in `sample`, where nothing looks at its rows: "trajectory"
     reading   how prompts are read where a call does not say: see `with_reading`
     adapters  what is attached to them; a run keeps those that it began with
     """

@@ -36,7 +36,8 @@ class LoadOptions(TypedDict, total=False):
                 trained, or "transformers", as diffusers' pictures have it
     allow       tensors of the files that may be left aside, `*` and `?` for any text
     packed      lay weights out for a CPU's products when they are first used, which takes
-                seconds once and a third or more off every pass. None: full-size models
+                seconds once and a third or more off every pass. None: full-size models, and
+                every decoder
     vae_dtype   of the decoder. "auto": bfloat16 on a GPU that computes in it, else float32; on
                 a CPU what the UNets have, float32 for their float16
     """

@@ -44,7 +44,7 @@ from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.memory.budget import Footprint, text_values, unet_values
 from headstart.memory.planning import Sources, loading_device, notes, plan_residency, settle
 from headstart.memory.residency import Residency
-from headstart.networks.assembly import Dtype, loading_for
+from headstart.networks.assembly import Dtype, Packed, loading_for
 from headstart.networks.casting import compute_dtype
 from headstart.networks.load import load_text, load_unet
 from headstart.networks.numbers import guidance_embedding
@@ -77,7 +77,8 @@ class Pair:
                  embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
     dtype        in which networks compute; vae_dtype: the decoder; float8: whether weights are
-                 stored so; packed: whether they are laid out for a CPU's products
+                 stored so; packed: whether they are laid out for a CPU's products,
+                 all, without tiles, or the decoder's alone
     ema, allow   the options of that name
     footprint    how much memory a sample takes, or None: then it is not checked
     device       where a run begins; residency: the device of each part, and which take turns
@@ -103,7 +104,7 @@ class Pair:
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
     float8: bool = False
-    packed: bool | Literal["direct"] = False
+    packed: bool | Literal["direct", "decoder"] = False
     ema: bool | None = None
     allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
@@ -194,7 +195,7 @@ def load_pair(
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         float8=dtype == "float8",
-        packed=any(map(is_packed, (*unets.values(), decoder))) and (packed or True),
+        packed=_packed(unets, decoder, packed),
         footprint=_footprint(unets, decoder, encoders),
         residency=replace(residency, one_network=True) if distilled_lora else residency,
         ema=options.get("ema"),
@@ -227,6 +228,15 @@ def _footprint(unets: Mapping[str, UNet], vae: Vae, text: ClipText) -> Footprint
         vae_itemsize=compute_dtype(vae).itemsize,
         text_values=sum(map(text_values, towers)),
     )
+
+
+def _packed(
+    unets: Mapping[str, Denoiser], decoder: Vae, packed: Packed
+) -> bool | Literal["direct", "decoder"]:
+    """As the record of a run has it."""
+    if any(map(is_packed, unets.values())):
+        return packed or True
+    return "decoder" if is_packed(decoder) else False
 
 
 def _embedded_guidance(guidance: float | None, dim: int | None) -> float | None:

@@ -154,7 +154,8 @@ def machine(
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
     `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be;
-    `vae_dtype`: where not all is float32; `packed`: weights laid out for a CPU.
+    `vae_dtype`: where not all is float32; `packed`: weights laid out for a CPU,
+    all, without tiles ("direct"), or the decoder's alone ("decoder").
     """
     plain = dtype == vae_dtype == torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()

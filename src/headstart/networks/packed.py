@@ -51,6 +51,10 @@ WIDE = 256
 there oneDNN's calls cost 12 to 25 us more than torch's own, which is what they save."""
 _GAIN = 2.0
 """How much faster a convolution has to be in tiles, whose weights take four times the memory."""
+_NARROW, _NARROW_GAIN = 1 << 16, 0.7
+"""The same of a weight of so few numbers. Its tiles take 1 MB, and `pays`, which counts outputs by
+64, says too little: where it says 0.7 or more, the bundled decoder's convolutions are 1.6 to 3.1
+times as fast (64 and 32 outputs at 16x16 to 64x64), and at 0.4 as fast (one Zen 4 core)."""
 _HALF_GAIN, _HALF_WEIGHTS = 3.0, 2_400_000
 """The same of float32 for a convolution in bfloat16, whose direct products may take half of
 float32's time and whose tiles, float32 too, take eight times the memory: of SD1.5's at 32x32
@@ -144,9 +148,11 @@ def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[An
 
 def is_tiled(weight_shape: Sequence[int], input_shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether a 3x3 convolution of such images pays for a layout in tiles."""
+    numbers = math.prod(weight_shape)
     if dtype == torch.float32:
-        return pays_tiles(weight_shape, input_shape, _GAIN)
-    small = math.prod(weight_shape) <= _HALF_WEIGHTS
+        gain = _NARROW_GAIN if numbers <= _NARROW else _GAIN
+        return pays_tiles(weight_shape, input_shape, gain)
+    small = numbers <= _HALF_WEIGHTS
     return dtype == torch.bfloat16 and small and pays_tiles(weight_shape, input_shape, _HALF_GAIN)
 
 
@@ -297,7 +303,10 @@ def is_packable(layer: nn.Module) -> bool:
 
 
 def pays(network: nn.Module) -> bool:
-    """Whether runs of a network pay for its packing: one with a convolution of `WIDE` channels."""
+    """Whether runs of a network pay for its packing: a decoder, whose images are large, or one with
+    a convolution of `WIDE` channels."""
+    if hasattr(network, "decode"):
+        return True
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     return max((layer.out_channels for layer in convolutions), default=0) >= WIDE
 

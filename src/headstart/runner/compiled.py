@@ -25,7 +25,13 @@ from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.compiled_block import Block, Skeleton
 from headstart.runner.compiled_cache import CompiledCache, Shapes
 from headstart.runner.compiled_function import Backend, CompiledFunction
-from headstart.runner.graph import GraphRunner, adapters_of, named, unnamed
+from headstart.runner.graph import (
+    GraphRunner,
+    adapters_of,
+    named,
+    require_no_adapters,
+    unnamed,
+)
 
 _FIXES = {
     "OutOfMemory": "ask for a smaller batch or size",
@@ -96,13 +102,11 @@ class CompiledNetwork(GraphRunner):
         return _run(name, shapes, function, tensors, block.tensors, block.strengths, args)
 
     def _whole(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        name, adapters = type(self.network).__name__, adapters_of(self.network, cond)
-        if adapters is not None and adapters.parts(self.network):
-            raise CaptureError(
-                f"adapters are attached to this {name}, which has no blocks that are compiled for "
-                "themselves (headstart.networks.regions), and a network compiled whole would not "
-                "follow them: detach them, or use runner='eager'"
-            )
+        name = type(self.network).__name__
+        require_no_adapters(
+            self.network, cond, "has no blocks that are compiled for themselves "
+            "(headstart.networks.regions), and a network compiled whole would not follow them",
+        )  # fmt: skip
         cond = replace(cond, adapters=None)
         fields = named(cond)
         tensors = [x_in, timestep, *fields.values()]

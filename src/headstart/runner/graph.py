@@ -120,6 +120,16 @@ def adapters_of(network: object, cond: Conditioning) -> Adapters | None:
     return None if current is None else current()
 
 
+def require_no_adapters(network: object, cond: Conditioning, why: str) -> None:
+    """Raises CaptureError where adapters act on a call of `network`; why: what it says of it."""
+    adapters = adapters_of(network, cond)
+    if adapters is not None and adapters.parts(network):
+        raise CaptureError(
+            f"adapters are attached to this {type(network).__name__}, which {why}: detach them, or "
+            "use runner='eager'"
+        )
+
+
 def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:
     """The fields of a conditioning, by name."""
     return {prefix + name: tensor for name, tensor in cond.tensors.items()}

@@ -1,7 +1,7 @@
 """The runners of a network: F = network(x_in, timestep, cond) as Python, compiled, or as one graph.
 
-"replay" and "graph" give the same bits as "eager", "compiled" the same up to rounding, because a
-compiler fuses and contracts operations.
+"replay" and "graph" give the same bits as "eager", "compiled" and "openvino" the same up to
+rounding, because a compiler fuses and contracts operations.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from headstart.runner.compiled import CompiledNetwork
 from headstart.runner.compiled_function import Backend
 from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
+from headstart.runner.openvino import OpenVinoNetwork, require_openvino
 from headstart_kernels.recording.host import Host
 
 _LOG = logging.getLogger(__name__)
-RunnerName = Literal["auto", "eager", "compiled", "graph", "replay", "trajectory"]
+RunnerName = Literal["auto", "eager", "compiled", "graph", "replay", "trajectory", "openvino"]
 
 
 class Choice(NamedTuple):
@@ -48,6 +49,7 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
     "trajectory"  a whole run, its decoder too, as one CUDA graph, or recorded and replayed on a
                 CPU: see `headstart.engine.execution`. Where a run goes row by row, as "graph" or
                 "replay"
+    "openvino"  the network's operators compiled by OpenVINO once a shape, on a CPU; an extra
 
     The choice of "auto" is logged, at level INFO of `runner.runner`; the record of a run has the
     name. Raises CaptureError for one that the device cannot run, InputError for an unknown name.
@@ -70,7 +72,7 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
             "eager one (SD1.5's UNet, float32, torch 2.13), which lays its weights out for the "
             "processor besides; use 'eager' or 'auto'"
         )
-    needs = {"graph": "cuda", "replay": "cpu"}.get(name, device_type)
+    needs = {"graph": "cuda", "replay": "cpu", "openvino": "cpu"}.get(name, device_type)
     if name == "trajectory" and device_type not in ("cuda", "cpu"):
         needs = "cuda and cpu"
     if needs != device_type:
@@ -78,6 +80,8 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
             f"runner {name!r} exists on {needs} alone, and the device is {device_type}: use "
             f"{'graph' if device_type == 'cuda' else 'eager'!r}, or 'auto' for the best one"
         )
+    if name == "openvino":
+        require_openvino()
     return Choice(name, "asked for")
 
 
@@ -94,6 +98,8 @@ def open_runner(name: RunnerName, network: Denoiser) -> Runner:
     """The runner of this name. Runners of one network share its graphs and compiled functions."""
     if name == "compiled":
         return CompiledRunner(network)
+    if name == "openvino":
+        return EagerRunner(OpenVinoNetwork(network))
     if name == "graph":
         return GraphRunner(network)
     if name == "replay" or (name == "trajectory" and _on_a_cpu(network)):
