@@ -12,7 +12,10 @@ GF/s of 4*N*M*d a head, torch's and then the kernel's, the least time of 3 to 15
     8 x 256 x 256 x 160          81    89       76   148
     1 x 4096 x 4096 x 512        93    97       87   187
     8 x 4096 x 77 x 40           36    49       34    74
-    8 x 64 x 64 x 160            73    71       64    86
+    8 x 64 x 64 x 160            73    64       64    82
+    8 x 256 x 77 x 80            57    75       50    93
+    12 x 77 x 77 x 64            47    65       40    83
+    2 x 64 x 64 x 32             40    31       32    32
 """
 
 from __future__ import annotations
@@ -29,10 +32,9 @@ from headstart_kernels import attention
 from headstart_kernels.dispatch import OPERATORS
 from headstart_kernels.observers import differentiates
 
-MOST: Final = 1 << 22
-"""Products N*M*d of a head up to which torch's own runs: the bundled pair has so many in its VAE,
-2^17 in its UNets, SD1.5 2^20 at its coarsest, where nothing is won. Of a head, so that the
-bits of a sample do not depend on the batch."""
+MOST: Final = 1 << 18
+"""Products N*M*d of a head up to which torch's own runs: the bundled pair has 2^17 in its UNets,
+where nothing is won. Of a head, so that the bits of a sample do not depend on the batch."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
