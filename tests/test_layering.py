@@ -63,6 +63,7 @@ HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "head
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
 EXTRA_OF = {
     "checkpoint.gguf": "gguf",
+    "runner.openvino": "openvino",
     "commands.parser": "completion",
     "headstart_weights.recipe": "train",
     "metrics.features": "features",
