@@ -218,7 +218,7 @@ def test_a_hook_that_a_compiler_does_not_see_is_refused(network: Tokens, backend
 
 def test_a_setting_that_may_change_unseen_is_refused(network: Tokens, backend: Counting) -> None:
     network.block(1).scales = {"a": 1.0}
-    with pytest.raises(CaptureError, match=r"this Block has scales = .*may change unseen"):
+    with pytest.raises(CaptureError, match=r"this Block has scales = .*may change unnoticed"):
         agree(network, backend)
 
 

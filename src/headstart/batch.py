@@ -186,14 +186,12 @@ class Batch:
             if samples >= self.most:
                 break
             try:
-                call = run.call
-            except Exception as error:  # of its noise, or its memory
+                if (call := run.call) is None:
+                    raise InputError(
+                        f"the run of plan {run.table.name!r} was advanced to its end elsewhere"
+                    )
+            except Exception as error:  # also of its noise, or its memory
                 failed.append(Served(run, None, error))
-                del self._waiting[run]
-                continue
-            if call is None:
-                message = f"the run of plan {run.table.name!r} was advanced to its end elsewhere"
-                failed.append(Served(run, None, InputError(message)))
                 del self._waiting[run]
                 continue
             call_key = _call_key(call)
@@ -216,13 +214,13 @@ class Batch:
                 results = advance(group, f) if joint else _advance_each(group, f)
         except Exception as error:  # each run of the call reports it
             results = [error] * len(group)
+        served = [*failed]
         for (run, _), state in zip(group, results, strict=True):
-            if isinstance(state, Exception) or run.row is None:
+            error, state = (state, None) if isinstance(state, Exception) else (None, state)
+            if error is not None or run.row is None:
                 run.prompt_cache.forget()
-        return [*failed] + [
-            Served(run, None, state) if isinstance(state, Exception) else Served(run, state)
-            for (run, _), state in zip(group, results, strict=True)
-        ]
+            served.append(Served(run, state, error))
+        return served
 
     def _limit_caches(self, runs: Iterable[Run]) -> None:
         """Empty the prompt caches of `runs` that exceed `CACHED_SAMPLES`."""

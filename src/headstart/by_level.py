@@ -104,15 +104,14 @@ def part_of_rows(levels: Sequence[Level], table: StepTable) -> list[int]:
 def _unused(number: int, levels: Sequence[float], table: StepTable) -> InputError:
     """The error for a part without rows: it begins too low, or the next one begins too high."""
     starts = [step.sigma for step in table]
-    low = levels[number] < starts[-1] * (1 - PRINTED)
-    where = (
-        f"starts at sigma {levels[number]:g} or below it, so what is said for there"
-        if low
-        else f"starts above sigma {levels[number + 1]:g}, so what is said for before it"
-    )
+    if levels[number] < starts[-1] * (1 - PRINTED):
+        where = f"at sigma {levels[number]:g} or below it"
+    else:
+        where = f"above sigma {levels[number + 1]:g}"
     return InputError(
-        f"no row of plan {table.name!r} {where} would never be used: its rows start at "
-        f"{' '.join(f'{sigma:.4g}' for sigma in starts)}; give a level between two of them"
+        f"no row of plan {table.name!r} starts {where}, so the conditioning for there would never "
+        f"be used: its rows start at {' '.join(f'{sigma:.4g}' for sigma in starts)}; give a level "
+        "between two of them"
     )
 
 

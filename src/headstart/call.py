@@ -107,8 +107,7 @@ def checked_strengths(
     """The strengths of a run [rows, B, A], in float32."""
     if strengths is None:
         return None
-    others = [part for part in cond_parts(cond) if not isinstance(part, Conditioning)]
-    if others:
+    if others := [part for part in cond_parts(cond) if not isinstance(part, Conditioning)]:
         raise InputError(
             "strengths reach a network in its Conditioning, and cond is a "
             f"{type(others[0]).__name__}, which is passed on as it is: set them where it is read"

@@ -28,9 +28,7 @@ class Adapters(Protocol):
 
     @property
     def changes(self) -> object: ...
-
     def parts(self, network: object, /) -> tuple[object, ...]: ...
-
     def acts_on(self, layers: Sequence[Any], cond: Conditioning, /) -> Hashable | None: ...
 
 
@@ -90,11 +88,11 @@ class Conditioning:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Move every tensor. `time_ids`, `strengths` and integers keep their dtype: they are
         numbers, not features."""
-        moved: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
-            keeps = name in ("time_ids", "strengths") or not tensor.is_floating_point()
-            moved[name] = tensor.to(device=device, dtype=None if keeps else dtype)
-        return Conditioning.of(moved, self.adapters)
+            is_feature = name not in ("time_ids", "strengths") and tensor.is_floating_point()
+            tensors[name] = tensor.to(device=device, dtype=dtype if is_feature else None)
+        return Conditioning.of(tensors, self.adapters)
 
     def expand(self, batch: int) -> Conditioning:
         """Repeat a single conditioning for `batch` samples; a full batch is returned as it is."""
@@ -123,8 +121,8 @@ class Conditioning:
         return Conditioning.of(stacked, _common_adapters(parts))
 
     def _map(self, change: _TensorMap) -> Conditioning:
-        changed = {name: change(tensor) for name, tensor in self.tensors.items()}
-        return Conditioning.of(changed, self.adapters)
+        tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return Conditioning.of(tensors, self.adapters)
 
 
 def _common_adapters(parts: Sequence[Conditioning]) -> Adapters | None:
@@ -176,7 +174,6 @@ class LatentCodec(Protocol):
     """Latents as the UNet sees them [B, C, h, w] <-> pixels [B, 3, H, W] in [-1, 1]."""
 
     def decode(self, latents: Tensor, /) -> Tensor: ...
-
     def encode(self, pixels: Tensor, /) -> Tensor: ...
 
 
@@ -187,7 +184,5 @@ class NoiseSource(Protocol):
     """
 
     def __len__(self) -> int: ...
-
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor: ...
-
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor: ...

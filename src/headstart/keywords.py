@@ -92,8 +92,9 @@ def _parameters(function: Callable[..., object]) -> list[str]:
 def _refuse(function: Callable[..., Any], name: str, valid: list[str]) -> NoReturn:
     from difflib import get_close_matches  # seldom needed
 
-    near = get_close_matches(name, valid, 1)
-    hint = DIFFUSERS.get(name) or (f"did you mean {near[0]}=?" if near else "it is not known here")
+    names = get_close_matches(name, valid, 1)
+    guess = f"did you mean {names[0]}=?" if names else "it is not known here"
+    hint = DIFFUSERS.get(name) or guess
     raise TypeError(
         f"{function.__qualname__}() has no keyword argument {name!r}: {hint}. It knows "
         f"{', '.join(sorted(set(valid) - {'self', 'cls'}))}"

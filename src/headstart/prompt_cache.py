@@ -33,7 +33,6 @@ class ReadsPrompt(Protocol):
     """
 
     def prompt_key(self, cond: Conditioning, /) -> Hashable | None: ...
-
     def read_prompt(self, cond: Conditioning, /) -> Mapping[str, Tensor]: ...
 
 
@@ -48,6 +47,9 @@ class _Entry(NamedTuple):
     context: Tensor
     key: Hashable
     tensors: Mapping[str, Tensor]
+
+    def is_for(self, network: object, context: Tensor, key: Hashable) -> bool:
+        return self.network is network and self.context is context and self.key == key
 
 
 @final
@@ -77,12 +79,7 @@ class PromptCache:
             return cond
         key = key, _mode(context), None if context.is_inference() else context._version
         last = self._last
-        if (
-            last is None
-            or last.network is not network
-            or last.context is not context
-            or last.key != key
-        ):
+        if last is None or not last.is_for(network, context, key):
             last = self._last = None  # frees its memory before the next is computed
             tensors = cast("ReadsPrompt", network).read_prompt(cond)
             last = self._last = _Entry(network, context, key, tensors)
@@ -95,8 +92,7 @@ class PromptCache:
     @property
     def samples(self) -> int:
         """How many samples the entry is for; 0 without one."""
-        last = self._last
-        return 0 if last is None else len(last.context)
+        return 0 if self._last is None else len(self._last.context)
 
 
 class CachedExtra(dict[str, Tensor]):

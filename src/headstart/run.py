@@ -27,7 +27,7 @@ from headstart.interfaces import Conditioning, NoiseSource
 from headstart.noise import Given, keys_of
 from headstart.plan.table import Step, StepTable
 from headstart.prompt_cache import PromptCache
-from headstart.state import State, check_state, start_index
+from headstart.state import State, check_latent, check_state, start_index
 from headstart_kernels import Draw, LinearMap, Preview, Rows, Steps, scale_input
 
 
@@ -107,12 +107,9 @@ class Run:
     @property
     def state(self) -> State:
         """The state after the last row; before the first, State(first - 1, x, x) of the start."""
-        return self._state or self._initial()
-
-    def _initial(self) -> State:
-        """The start, drawn when it is first needed."""
-        x = self.noise.initial(self.latent, self.device) * self.table.init_scale
-        self._state = State(self.table.first - 1, x, x)
+        if self._state is None:
+            x = self.noise.initial(self.latent, self.device) * self.table.init_scale
+            self._state = State(self.table.first - 1, x, x)
         return self._state
 
     def _compiled(self) -> Steps:
@@ -240,8 +237,7 @@ class Run:
             return None
         dtype = self._dtypes.get(self.table.steps[index].model, self._dtype)
         copies = self._calls[index].copies
-        like = self._like.get((copies, dtype))
-        if like is None:
+        if (like := self._like.get((copies, dtype))) is None:
             shape = (copies * len(self.noise), *self.latent)
             like = torch.empty(1, dtype=dtype, device=self.device).expand(shape)
             self._like[copies, dtype] = like
@@ -265,11 +261,7 @@ def _latent_shape(
             "the latent's size is unknown: give shape=(C, h, w), such as (4, 128, 128); video "
             "(C, T, h, w) and packed tokens (L, C) are latents too"
         )
-    if min(shape, default=0) < 1:
-        raise InputError(
-            "shape: expected the sizes of one latent, each at least 1, such as (4, 128, 128), got "
-            f"{list(shape)}: leave out the batch, and give every axis a size"
-        )
+    check_latent(shape)
     return tuple(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -49,6 +50,15 @@ def from_latent(table: StepTable, x: Tensor, sigma: float) -> State:
             "which a latent alone does not have: start at another row, or resume from a State"
         )
     return State(table.first + row - 1, x, x)
+
+
+def check_latent(shape: Sequence[int]) -> None:
+    """Raise InputError unless `shape` can be that of one latent."""
+    if min(shape, default=0) < 1:
+        raise InputError(
+            "shape: expected the sizes of one latent, each at least 1, such as (4, 128, 128), got "
+            f"{list(shape)}: leave out the batch, and give every axis a size"
+        )
 
 
 def start_index(table: StepTable, resume: State | None) -> int:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from headstart.errors import InputError, PlanError
-from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import HIGHEST_SIGMA, FlowSchedule
-from headstart.plan.plan import Plan
+from headstart.plan.plan import PREDICTIONS, Plan
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.spacing import Process
@@ -49,7 +48,7 @@ def inspect_model(name: str, model: Any) -> ModelInfo:
         return ModelInfo(FlowSchedule(middle / (1.0 - middle)), Prediction.FLOW)
     width = float(getattr(sampling, "sigma_data", 1.0))
     if (process := _process(sampling, levels, width)) is not None:
-        for prediction in _PREDICTIONS[type(process)]:
+        for prediction in PREDICTIONS[type(process)][1]:
             if all(agree(probe, prediction.scalings(sigma, width)) for sigma, probe in probes):
                 return ModelInfo(process, prediction)
     parents = ", ".join(base.__name__ for base in type(sampling).__mro__[1:4])
@@ -58,12 +57,6 @@ def inspect_model(name: str, model: Any) -> ModelInfo:
         "predicts eps, v, x0 or a flow, and take away a ModelSamplingDiscrete node that is set to "
         "lcm, whose scaling the rows of LCM's plans have already"
     )
-
-
-_PREDICTIONS: Mapping[type, tuple[Prediction, ...]] = {
-    NoiseSchedule: (Prediction.EPS, Prediction.V, Prediction.X0),
-    EdmSchedule: (Prediction.EDM, Prediction.EDM_V),
-}
 
 
 def _process(sampling: Any, levels: Tensor, width: float) -> Process | None:

@@ -83,7 +83,6 @@ class Estimate:
 
     @property
     def total(self) -> Line:
-        """All stages together."""
         tally = Tally(*map(sum, zip(*(line.tally for line in self.lines), strict=True)))
         times = zip(*(line[4:] for line in self.lines), strict=True)
         return Line("total", 1, 0, tally, *map(sum, times))

@@ -59,12 +59,10 @@ class Block(NamedTuple):
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Iterator[Weight]:
-    """All parameters and buffers."""
     for module in modules:
         for owner in module.modules():
-            parameters, buffers = owner.named_parameters, owner.named_buffers
-            for name, tensor in (*parameters(recurse=False), *buffers(recurse=False)):
-                yield Weight(owner, name, tensor)
+            for tensors in (owner.named_parameters, owner.named_buffers):
+                yield from (Weight(owner, *item) for item in tensors(recurse=False))
 
 
 def blocks_of(modules: Iterable[nn.Module]) -> Iterator[Block]:

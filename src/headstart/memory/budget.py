@@ -84,7 +84,7 @@ class Chunks(NamedTuple):
 
 
 class Free(NamedTuple):
-    """Free bytes, None where nobody knows: for UNets, which may use the pools of captured graphs,
+    """Free bytes, None where unknown: for UNets, which may use the pools of captured graphs,
     and for the decoder, which cannot."""
 
     networks: int | None
@@ -159,7 +159,7 @@ def spare_bytes(
     shape: Shape, values: Footprint, passes: int, free: Free, sizes: Chunks
 ) -> int | None:
     """Bytes that these chunks leave for caches that live from row to row, such as a prompt's keys
-    and values; None where nobody knows."""
+    and values; None where that is unknown."""
     budget, rows = _budget(free.networks, shape.state_bytes), passes * values.row_bytes(shape)
     return None if budget is None else max(0, int(budget - sizes.networks * rows))
 

@@ -57,7 +57,7 @@ class Placement:
     work      stage -> bytes besides weights, of one picture
     turns     parts that take turns, in the order of a run; arena: the bytes that they share
     fits      samples at once, for the planned size and batch
-    free      bytes that were free, None where nobody knows
+    free      bytes that were free, None where that is unknown
     float8    whether UNets are stored as float8 already
     """
 
@@ -101,8 +101,7 @@ class Placement:
     @property
     def by_picture(self) -> tuple[Move, ...]:
         """What every picture moves: the two models, where both take turns."""
-        models = [part for part in self.turns if part != "text"]
-        if len(models) < 2:
+        if not {"base", "distilled"} <= set(self.turns):
             return ()
         behind = None if "text" in self.turns else "decode"
         base = Move("base", self.moving("base"), behind)
@@ -142,8 +141,7 @@ def place(
         excess = 0 if free is None else placement.need - free
         if excess <= 0:
             return _with_chunks(placement, values, shape)
-        arena = arena_bytes([weights[part] for part in turns], excess)
-        if arena is not None:
+        if (arena := arena_bytes([weights[part] for part in turns], excess)) is not None:
             return _with_chunks(replace(placement, arena=arena), values, shape)
     raise InputError(refusal(placement))
 

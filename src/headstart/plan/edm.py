@@ -45,12 +45,10 @@ class EdmSchedule:
 
     @property
     def highest(self) -> tuple[float, float]:
-        """The timestep of sigma_max, and sigma_max."""
         return self.timestep(self.sigma_max), self.sigma_max
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """The timestep of sigma_min, and sigma_min."""
         return self.timestep(self.sigma_min), self.sigma_min
 
     def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
@@ -93,7 +91,7 @@ class EdmSchedule:
         return scalar(np.log(levels) / 4.0)
 
     def fingerprint(self) -> str:
-        """Of its four numbers."""
+        """A text of its four numbers."""
         return (
             f"edm {self.sigma_min!r} {self.sigma_max!r} data {self.sigma_data!r} rho {self.rho!r}"
         )

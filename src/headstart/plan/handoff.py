@@ -41,7 +41,7 @@ def join(legs: Sequence[Leg], schedules: Schedules, end: float = 0.0) -> tuple[P
     parts = _parts(legs, schedules, end)
     for index, pair in enumerate(pairwise(parts)):
         if reason := _fault(*pair):
-            raise PlanError(_explain(reason, legs, schedules, end, index))
+            raise PlanError(_explain(reason, parts, schedules, end, index))
     points: list[Point] = []
     for part, next_part in zip(parts, (*parts[1:], None), strict=True):
         count = _count(part, next_part) if next_part else _last_count(part, end)
@@ -141,11 +141,13 @@ def _lower(next_part: _Part) -> str:
     return f"; hand over at {levels[1]:.4g} or below" if next_part.leg.below and levels[1:] else ""
 
 
-def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> str:
-    width = max(len(legs[index].model), len(legs[index + 1].model))
-    parts = _parts(legs, schedules, end)[index : index + 2]
-    grids = [f"  {part.leg.model:<{width}}  {part.grid}" for part in parts]
-    nearest = _nearest(legs, schedules, end, index)
+def _explain(
+    reason: str, parts: Sequence[_Part], schedules: Schedules, end: float, index: int
+) -> str:
+    legs, pair = [part.leg for part in parts], parts[index : index + 2]
+    width = max(len(part.leg.model) for part in pair)
+    grids = [f"  {part.leg.model:<{width}}  {part.grid}" for part in pair]
+    nearest = _nearest(parts, schedules, end, index)
     advice = f"nearest valid plan: legs=({', '.join(map(repr, nearest))},)"
     steps = nearest[index].steps if len(nearest) == len(legs) else None
     if steps is not None and steps != legs[index].steps:
@@ -153,8 +155,8 @@ def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float,
     return "\n".join([reason, *grids, advice])
 
 
-def _nearest(legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> Sequence[Leg]:
-    parts = _parts(legs, schedules, end)
+def _nearest(parts: Sequence[_Part], schedules: Schedules, end: float, index: int) -> Sequence[Leg]:
+    legs = [part.leg for part in parts]
     for pair in _repairs(parts[index], parts[index + 1]):
         candidate = (*legs[:index], *pair, *legs[index + 2 :])
         if _joins(candidate, schedules, end):

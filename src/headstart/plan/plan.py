@@ -74,9 +74,9 @@ class Plan:
 
         Raises PlanError for legs that do not join, with both grids and the nearest valid plan.
         """
-        models = dict.fromkeys(leg.model for leg in self.legs)
+        models = [leg.model for leg in self.legs]
         schedules = {model: _of_model("noise schedule", schedule, model) for model in models}
-        end = self._end(schedules[self.legs[-1].model])
+        end = self._end(schedules[models[-1]])
         points = join(self.legs, schedules, end)
         rows: list[Step] = []
         moves = zip(points, (*points[1:], _Landing(end)), strict=True)
@@ -172,7 +172,7 @@ def _row(
     )
 
 
-_PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
+PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
     NoiseSchedule: ("NoiseSchedule", (Prediction.EPS, Prediction.V, Prediction.X0)),
     FlowSchedule: ("NoiseSchedule.flow(...)", (Prediction.FLOW,)),
     EdmSchedule: ("NoiseSchedule.edm(...)", (Prediction.EDM, Prediction.EDM_V)),
@@ -181,11 +181,11 @@ _PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
 
 
 def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> None:
-    if type(schedule) not in _PREDICTIONS:  # a class of the caller
+    if type(schedule) not in PREDICTIONS:  # a class of the caller
         return
-    name, targets = _PREDICTIONS[type(schedule)]
+    name, targets = PREDICTIONS[type(schedule)]
     if prediction not in targets:
-        fitting = next(other for other, values in _PREDICTIONS.values() if prediction in values)
+        fitting = next(other for other, values in PREDICTIONS.values() if prediction in values)
         raise PlanError(
             f"model {leg.model!r} predicts {prediction.value!r}, and its schedule is a {name}, on "
             f"which networks predict {', '.join(target.value for target in targets)}: give it "

@@ -231,11 +231,11 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
     joint = distilled[begin] if begin else distilled[end] if end < steps else None
     if joint is None:
         return pair.base_leg(request.n, pair.spacing)
-    timesteps = _grid_or_none(request.n, pair.spacing)
-    if not _reaches(timesteps, joint):
+    timesteps = _grid_through(joint, request.n, pair.spacing)
+    if timesteps is None:
         limit = max(2 * request.n, steps)
         counts = sorted(range(1, limit + 1), key=lambda m: (abs(m - (request.n or 0)), m))
-        n = next(m for m in counts if _reaches(_grid_or_none(m, pair.spacing), joint))
+        n = next(m for m in counts if _grid_through(joint, m, pair.spacing) is not None)
         _refuse(
             f"a {request.n}-step base grid has no step from or to timestep {joint:g}, where the "
             "models meet",
@@ -243,7 +243,6 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
             pair,
             nearest=request._replace(n=n),
         )
-    assert timesteps is not None
     skip = int(np.sum(timesteps > joint)) if begin else 0
     return replace(pair.base_leg(request.n, pair.spacing), skip=skip)
 
@@ -259,15 +258,13 @@ def _flow_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
     return replace(leg, until="next") if end < steps else leg
 
 
-def _reaches(timesteps: FloatArray | None, joint: float) -> bool:
-    return timesteps is not None and bool(np.any(timesteps[1:] == joint))
-
-
-def _grid_or_none(steps: int, spacing: Spacing) -> FloatArray | None:
+def _grid_through(joint: float, steps: int, spacing: Spacing) -> FloatArray | None:
+    """The grid of `steps`, None where no step of it goes to timestep `joint`."""
     try:
-        return grid(steps, spacing)
+        timesteps = grid(steps, spacing)
     except PlanError:
         return None
+    return timesteps if joint in timesteps[1:] else None
 
 
 def _checked_k(pair: Pair, request: Request, steps: int) -> int:

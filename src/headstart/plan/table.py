@@ -102,7 +102,7 @@ class StepTable:
     def handoffs(self) -> tuple[int, ...]:
         """Row numbers at which another model takes over."""
         pairs = enumerate(pairwise(self.steps), start=1)
-        return tuple(index for index, (step, after) in pairs if step.model != after.model)
+        return tuple(index for index, (step, next_step) in pairs if step.model != next_step.model)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ class StepTable:
         header = ("step", "model", "timestep", "sigma", *sdxl, "sigma_next", "keep", "add")
         cells = [(*header, "carry", "guidance")]
         cells += [self._cells(index, ratio) for index in range(len(self))]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(_pad(row, widths)).rstrip() for row in cells]
         for index in reversed(self.handoffs):
             lines.insert(index + 1, self._handoff_line(index, len(lines[0]), ratio))
@@ -243,16 +243,16 @@ def _number(number: float) -> str:
     return f"{number:.4f}" if abs(number) < 1e5 else f"{number:.4g}"
 
 
-def _check(index: int, step: Step, after: Step | None) -> None:
+def _check(index: int, step: Step, next_step: Step | None) -> None:
     numbers = [getattr(step, column) for column in (*COLUMNS, "sigma", "sigma_next")]
     if not all(math.isfinite(number) for number in numbers):
         raise PlanError(f"row {index} is not finite: {step}")
     if not step.sigma > step.sigma_next >= 0.0:
         raise PlanError(f"row {index} must go down, not from {step.sigma} to {step.sigma_next}")
-    if after is not None and step.sigma_next != after.sigma:
+    if next_step is not None and step.sigma_next != next_step.sigma:
         raise PlanError(
             f"row {index} ends at sigma {step.sigma_next}, but row {index + 1} starts at "
-            f"{after.sigma}: rows must chain exactly"
+            f"{next_step.sigma}: rows must chain exactly"
         )
 
 

@@ -254,7 +254,7 @@ class Site:
     def _give_up(self, graph: Graph) -> None:
         """End a failed capture, if the device can, and use nothing of it again."""
         pool, self._pool = self._pool, None
-        # torch's allocators ask this graph which memory it owns, one of them for ever.
+        # torch's allocators call this graph to learn which memory is its own, one of them always.
         self._failed.append(graph)
         with suppress(RuntimeError):  # the error that made the capture invalid; it ends the capture
             graph.capture_end()

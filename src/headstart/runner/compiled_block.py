@@ -190,7 +190,7 @@ def _settings(path: str, module: nn.Module) -> Hashable:
             frozen = _freeze(value)
             hash(frozen)
         except TypeError:
-            _refuse(path, module, f"has {name} = {value!r:.60}, which may change unseen")
+            _refuse(path, module, f"has {name} = {value!r:.60}, which may change unnoticed")
         settings.append((name, frozen))
     return tuple(settings)
 

@@ -48,10 +48,10 @@ class Shapes(NamedTuple):
         inputs = list(tensors)
         device = inputs[0].device.type if inputs else "cpu"
         state = (
-            *(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            *(torch.is_autocast_enabled(device), torch.get_default_dtype()),
-            *(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
-        )
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(device), torch.get_default_dtype(),
+            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
         layouts = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in inputs)
         return cls(device, tuple(layouts), (others, state))
 
@@ -110,7 +110,9 @@ class CompiledCache:
             _LOG.info("%s is compiled for %s, shape %d of it", name, shapes, count + 1)
             return
         _LOG.warning(
-            "%s has come in %d shapes, each compiled for itself: %s and those to come run as one "
-            "function for all sizes, which is slower; keep to fewer batches and sizes in a process",
-            *(name, STATIC_SHAPES, shapes),
+            "%s was compiled once for each of %d shapes: %s and all later ones run as one function "
+            "for all sizes, which is slower; use fewer batch sizes and picture sizes in a process",
+            name,
+            STATIC_SHAPES,
+            shapes,
         )

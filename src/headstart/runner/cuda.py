@@ -1,7 +1,7 @@
 """torch.cuda as graphs use it: what it offers, and the end of a capture that failed.
 
 torch has no public way to end it. When a capture fails, `CUDAGraph.capture_end` raises as soon as
-the driver tells it so, before it closes the memory pool (aten/src/ATen/cuda/CUDAGraph.cpp, torch
+the driver reports it, before it closes the memory pool (aten/src/ATen/cuda/CUDAGraph.cpp, torch
 2.13). From then on the allocator takes a capture to be underway: memory that two streams have used
 is not given back, nor is any by `empty_cache`, which in older versions fails (pytorch's
 c10/cuda/CUDACachingAllocator.cpp, `captures_underway`).
@@ -22,11 +22,8 @@ _ENDS = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
 
 class Graph(Protocol):
     def capture_begin(self, pool: Any, *, capture_error_mode: str) -> None: ...
-
     def capture_end(self) -> None: ...
-
     def replay(self) -> None: ...
-
     def reset(self) -> None: ...
 
 
@@ -34,9 +31,7 @@ class Streams(Protocol):
     """The part of torch.cuda that copies on a side stream need."""
 
     def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
-
     def current_stream(self, device: torch.device) -> Any: ...
-
     def stream(self, stream: Any) -> AbstractContextManager[object]: ...
 
 
@@ -44,17 +39,11 @@ class Backend(Streams, Protocol):
     """What capturing uses: `Cuda`, or on a CPU `headstart_kernels.recording.host.Host`."""
 
     def synchronize(self, device: torch.device) -> None: ...
-
     def graph_pool_handle(self) -> Any: ...
-
     def CUDAGraph(self) -> Any: ...  # noqa: N802
-
     def empty_cache(self) -> None: ...
-
     def is_current_stream_capturing(self) -> bool: ...
-
     def close_pool(self, device: torch.device, pool: Any) -> None: ...
-
     def memory_reserved(self, device: torch.device) -> int: ...
 
 

@@ -24,6 +24,7 @@ from headstart.plan.table import StepTable
 from headstart.prompt_cache import PromptCache
 from headstart.runner.capture import Program, Tensors
 from headstart.runner.graph import named, unnamed
+from headstart.state import check_latent
 from headstart_kernels import COLUMNS, INITIAL, finite_flags, ops
 
 _ROW = "row."
@@ -87,11 +88,7 @@ class TrajectoryBody:
             )
 
     def _check_shape(self) -> None:
-        if min(self.shape, default=0) < 1:
-            raise InputError(
-                "shape: expected the sizes of one latent, each at least 1, such as (4, 128, 128), "
-                f"got {list(self.shape)}: leave out the batch, and give every axis a size"
-            )
+        check_latent(self.shape)
         if self.preview is not None and len(self.shape) != 3:
             raise InputError(
                 f"preview: a linear picture needs latents [C, h, w], and these are "

@@ -1,4 +1,4 @@
-"""Another way on from a kept state: other rows, another model, fresh noise or another prompt.
+"""Going on from a saved state with a change: another model, fresh noise or another prompt.
 
 row K of the new run starts at x of row K - 1, or at x0 + sigma_K*n with n drawn from other seeds
 """
@@ -34,7 +34,7 @@ from headstart.sampler import State
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Branch:
-    """What came out of going on differently; tensors are on the engine's device.
+    """The result of a run that went on with a change; tensors are on the engine's device.
 
     rgb        uint8 [B, H, W, 3];  latents float32 [B, C, h, w], at noise level 0
     x0         float32 [S, B, C, h, w] of all rows, those before the branch from the origin; None
@@ -119,15 +119,15 @@ def branch(
         negative=origin.negative if negative is None else negative,
         adapters=_strengths(engine, origin, count), diversify=methods_of_rest(origin.diversify),
     )  # fmt: skip
-    later: list[Tensor] = []
+    x0s: list[Tensor] = []
     for state in run:
         if earlier is not None:
-            later.append(state.x0)
+            x0s.append(state.x0)
     dtype, latents = engine.weights.vae_dtype, final_latents(table, state.x)
     return Branch(
         rgb=decode_rgb(engine.vae, latents, dtype=dtype, chunk=decode, seeds=seeds, bands=bands),
         latents=latents,
-        x0=None if earlier is None else torch.cat((earlier, torch.stack(later))),
+        x0=None if earlier is None else torch.cat((earlier, torch.stack(x0s))),
         table=replace(table, name=f"{origin.table.name} · {change}"),
         prompts=prompts,
         seeds=seeds,
@@ -191,11 +191,11 @@ def _switched(row: Step, model: str, weights: Pair) -> Step:
     timestep, schedule = row.timestep, weights.schedules[model]
     if schedule != weights.schedules[row.model]:
         timestep = schedule.timestep(row.sigma, "log")
-    before, after = weights.predictions[row.model], weights.predictions[model]
-    if before is after and timestep == row.timestep:
+    old, new = weights.predictions[row.model], weights.predictions[model]
+    if old is new and timestep == row.timestep:
         return row._replace(model=model)
-    scalings = after.scalings(row.sigma)
-    if Scalings(row.c_in, row.c_skip, row.c_out) != before.scalings(row.sigma):
+    scalings = new.scalings(row.sigma)
+    if Scalings(row.c_in, row.c_skip, row.c_out) != old.scalings(row.sigma):
         scalings = consistency_boundary(scalings, timestep)
     return row._replace(model=model, timestep=timestep, **scalings._asdict())
 

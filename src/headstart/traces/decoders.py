@@ -57,7 +57,7 @@ class Decoder:
     """One way to look at latents. Calling it never changes them and never waits for the device.
 
     name      "linear", "tiny" or "full"
-    space     the lineage whose latents it reads, or None where nothing tells
+    space     the lineage whose latents it reads, or None where that is unknown
     channels  of the latent; scale: pixels a latent cell
     draw      x0 float [B, C, h, w] -> Picture
     linear    of a linear one its map, which a step may draw in the pass that computes x0
@@ -204,9 +204,8 @@ def _check_colours(tiny: Decoder, weights: Pair) -> None:
     """
     if weights.lineage not in LINEAR_PREVIEWS:
         return
-    probe = torch.zeros(2 * tiny.channels, tiny.channels, 8, 8, device=weights.device)
-    for channel in range(tiny.channels):
-        probe[channel, channel], probe[tiny.channels + channel, channel] = 0.5, -0.5
+    unit = 0.5 * torch.eye(tiny.channels, device=weights.device)
+    probe = torch.cat((unit, -unit))[:, :, None, None].repeat(1, 1, 8, 8)
     rgb, edge = tiny(probe).rgb, 2 * tiny.scale  # zero padding tints the outer cells
     colours = rgb[:, edge:-edge, edge:-edge].float().mean((1, 2)).cpu()
     slopes = (colours[: tiny.channels] - colours[tiny.channels :]).flatten()

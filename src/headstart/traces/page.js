@@ -46,7 +46,7 @@ data.plans.forEach((plan) => {
 byId("prompt").textContent = `“${data.prompt}”`;
 byId("footer").textContent = data.footer;
 byId("at").max = last;
-const cursors = [];                    // of the charts: each is told the position
+const cursors = [];                    // of the charts: functions of the position
 let against = "", filmed = null, peeking = false;
 drawCharts();
 
@@ -117,22 +117,22 @@ const views = data.plans.map((plan) => {
   return { plan, root, state, marks, figures };
 });
 
-function drawFigure(one, plan, position, told) {
-  const row = rowAt(plan, position), source = sourceAt(plan, position, one.number);
+function drawFigure(view, plan, position, caption) {
+  const row = rowAt(plan, position), source = sourceAt(plan, position, view.number);
   const alone = against === "" || data.plans[Number(against)] === plan;  // what others differ from
-  const other = source && !alone && compared(plan, position, one.number);
-  one.image.hidden = !source || (!alone && !other);
-  one.over.hidden = !other;
-  one.frame.classList.toggle("differs", Boolean(other));
-  one.none.textContent = row < 0 ? "not begun" : !source ? "no picture"
+  const other = source && !alone && compared(plan, position, view.number);
+  view.image.hidden = !source || (!alone && !other);
+  view.over.hidden = !other;
+  view.frame.classList.toggle("differs", Boolean(other));
+  view.none.textContent = row < 0 ? "not begun" : !source ? "no picture"
     : !alone && !other ? "nothing to compare" : "";
-  if (source) one.image.src = source;
-  if (other) one.over.src = other;
-  one.image.alt = `${plan.name}, seed ${one.seed}, ${told}`;
-  const share = row < 0 ? null : plan.share_by_seed[row][one.number];
-  one.share.textContent = percent(share);
-  one.bar.style.width = `${100 * Math.min(1, Math.max(0, share || 0))}%`;
-  for (const { name, course, value } of one.scores) {
+  if (source) view.image.src = source;
+  if (other) view.over.src = other;
+  view.image.alt = `${plan.name}, seed ${view.seed}, ${caption}`;
+  const share = row < 0 ? null : plan.share_by_seed[row][view.number];
+  view.share.textContent = percent(share);
+  view.bar.style.width = `${100 * Math.min(1, Math.max(0, share || 0))}%`;
+  for (const { name, course, value } of view.scores) {
     const score = row < 0 ? null : course.scores[row];
     const gone = course.abandoned !== null && row >= 0 && plan.steps[row].step >= course.abandoned;
     value.textContent = score === null ? "" : score.toFixed(2);
@@ -144,23 +144,23 @@ function drawFigure(one, plan, position, told) {
 
 function draw(position) {
   byId("at").value = position;
-  const shown = peeking ? last : position;
-  const told = shown >= last ? "finished images" : `timestep ${Math.round(times[shown])}`;
-  byId("level").textContent = told;
-  byId("at").setAttribute("aria-valuetext", told);
+  const moment = peeking ? last : position;
+  const caption = moment >= last ? "finished images" : `timestep ${Math.round(times[moment])}`;
+  byId("level").textContent = caption;
+  byId("at").setAttribute("aria-valuetext", caption);
   for (const { plan, state, marks, figures } of views) {
-    const row = rowAt(plan, shown), step = plan.steps[row];
+    const row = rowAt(plan, moment), step = plan.steps[row];
     state.textContent = row < 0 ? "not begun"
       : `step ${step.step} · sigma ${levelText(step.sigma)} · ${step.model}`;
     state.style.color = row < 0 ? "var(--grey)" : colour(step.model);
     marks.forEach((mark, i) => mark.classList.toggle("done", i <= row));
-    figures.forEach((one) => drawFigure(one, plan, shown, told));
+    figures.forEach((figure) => drawFigure(figure, plan, moment, caption));
   }
-  cursors.forEach((move) => move(shown));
-  drawNumbers(shown);
-  drawReels(shown);
-  const place = filmed === null ? `#${position}` : `#${position},${filmed}`;
-  try { history.replaceState(null, "", place); } catch { /* a sandboxed frame has no history */ }
+  cursors.forEach((move) => move(moment));
+  drawNumbers(moment);
+  drawReels(moment);
+  const hash = filmed === null ? `#${position}` : `#${position},${filmed}`;
+  try { history.replaceState(null, "", hash); } catch { /* a sandboxed frame has no history */ }
 }
 
 // ---- the numbers at this noise level
@@ -193,9 +193,9 @@ function drawNumbers(position) {
     interval(make("td", line), step.share, percent);
     interval(make("td", line), step.spread, (v) => v.toFixed(3));
     phrases.forEach((_, i) => {
-      const own = plan.courses.map((seed) => seed[i].scores[row]).filter((v) => v !== null);
-      const there = own.filter((v) => v > plan.timeline.threshold).length;
-      make("td", line, {}, `${there} of ${own.length}`);
+      const scores = plan.courses.map((seed) => seed[i].scores[row]).filter((v) => v !== null);
+      const present = scores.filter((v) => v > plan.timeline.threshold).length;
+      make("td", line, {}, `${present} of ${scores.length}`);
     });
     if (plan.moved !== null) interval(make("td", line), plan.moved, (v) => v.toFixed(3));
   });
@@ -206,8 +206,8 @@ const reels = [];
 
 function film(seed) {
   filmed = seed;
-  views.flatMap((view) => view.figures).forEach((one) => {
-    one.frame.setAttribute("aria-pressed", String(one.seed === seed));
+  views.flatMap((view) => view.figures).forEach((figure) => {
+    figure.frame.setAttribute("aria-pressed", String(figure.seed === seed));
   });
   byId("film").hidden = seed === null;
   byId("filmed").textContent = `seed ${seed}, every step`;
@@ -227,8 +227,8 @@ function film(seed) {
       const button = make("button", reel, { type: "button" });
       button.classList.toggle("joint", isJoint(plan, i));
       button.classList.toggle("anew", isAnew(plan, i));
-      const source = plan.images[i][number], told = `${plan.name}, step ${step.step}`;
-      if (source) make("img", button, { class: "still", src: source, alt: told });
+      const source = plan.images[i][number], alt = `${plan.name}, step ${step.step}`;
+      if (source) make("img", button, { class: "still", src: source, alt });
       else make("span", button, { class: "still" }, "no picture");
       const text = make("span", button, {}, `${step.step} · ${percent(plan.share_by_seed[i][number])}`);
       text.style.color = colour(step.model);
@@ -244,8 +244,8 @@ function film(seed) {
     });
     reels.push({ plan, stills });
   });
-  views.forEach(({ plan }) => plan.paths && plan.paths.forEach(({ path: curve, seed: own }) => {
-    curve.setAttribute("opacity", seed === null ? .65 : own === seed ? 1 : .15);
+  views.forEach(({ plan }) => plan.paths && plan.paths.forEach((curve) => {
+    curve.path.setAttribute("opacity", seed === null ? .65 : curve.seed === seed ? 1 : .15);
   }));
   draw(Number(byId("at").value));
 }
@@ -276,8 +276,8 @@ toggles(byId("shown"), data.plans.map((plan) => plan.name), (number, on) => {
 });
 const seeds = [...new Set(data.plans.flatMap((plan) => plan.seeds))];
 toggles(byId("seeds"), seeds.length > 16 ? [] : seeds, (number, on) => {
-  views.flatMap((view) => view.figures).filter((one) => one.seed === seeds[number])
-    .forEach((one) => { one.figure.hidden = !on; });
+  views.flatMap((view) => view.figures).filter((figure) => figure.seed === seeds[number])
+    .forEach(({ figure }) => { figure.hidden = !on; });
 });
 byId("against").addEventListener("change", () => {
   against = byId("against").value;
@@ -327,9 +327,8 @@ document.addEventListener("keyup", (event) => { if (event.key === "f") peek(fals
 window.addEventListener("blur", () => peek(false));
 function follow() {
   const [step, seed] = location.hash.slice(1).split(",");
-  const wanted = seeds.includes(seed) ? seed : null;
   byId("at").value = Math.min(last, Math.max(0, Number(step) || 0));
-  film(wanted);
+  film(seeds.includes(seed) ? seed : null);
 }
 window.addEventListener("hashchange", follow);
 follow();

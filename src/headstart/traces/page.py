@@ -17,7 +17,7 @@ LARGEST_PX = 256
 
 
 def write_page(strips: Sequence[Strip], *, prompt: str, footer: str) -> str:
-    """The page's text. It asks nothing of a server and runs from a file."""
+    """The page's text. It loads nothing else, and opens from a file."""
     data = {
         "prompt": prompt,
         "footer": footer,

@@ -80,16 +80,14 @@ function timelineChart(plan) {
       { cx: x, cy: y, r: 2.4, fill: hue }));
   }));
   phrases.forEach((phrase, i) => {
-    const own = plan.courses.map((seed) => seed[i]);
-    const there = own.filter((c) => c.appears !== null).length;
-    const gone = plan.seeds.filter((_, seed) => own[seed].abandoned !== null);
-    if (line.controls[phrase] === null) {
-      entry(panel.key, PHRASES[i % PHRASES.length], `${phrase}: not asked for`);
-      return;
-    }
-    entry(panel.key, PHRASES[i % PHRASES.length], `${phrase}: there in ${there} of ${own.length}`
+    const courses = plan.courses.map((seed) => seed[i]);
+    const present = courses.filter((c) => c.appears !== null).length;
+    const gone = plan.seeds.filter((_, seed) => courses[seed].abandoned !== null);
+    const fate = line.controls[phrase] === null ? "not asked for"
+      : `there in ${present} of ${courses.length}`
       + (gone.length ? `, dropped in seed ${gone.slice(0, 8).join(", ")}` : "")
-      + (gone.length > 8 ? ` and ${gone.length - 8} more` : ""));
+      + (gone.length > 8 ? ` and ${gone.length - 8} more` : "");
+    entry(panel.key, PHRASES[i % PHRASES.length], `${phrase}: ${fate}`);
   });
 }
 

@@ -1,6 +1,6 @@
 """Pictures of a run while it runs: engine.sample(..., on_step=Preview(decoder, deliver)).
 
-row -> x0 -> (side stream) decoder -> pinned slot -> (own thread) deliver(Frame)
+row -> x0 -> (side stream) decoder -> pinned slot -> (delivering thread) deliver(Frame)
 
 The sampling thread only starts work and never waits for it: where every slot is still on its way,
 the frame is dropped and counted. Nothing writes to x or x0, so the run has the same bits.
@@ -48,7 +48,7 @@ class Lane(Protocol):
 
 
 class HostLane:
-    """On a CPU nothing runs beside the run but another thread, and that one decodes.
+    """For a CPU: the delivering thread decodes.
 
     A row's x0 is a tensor of its own, which no later row writes to.
     """
@@ -72,16 +72,14 @@ class SideStream:
     def __init__(
         self, device: torch.device, slots: int = 4, *, cuda: Any = torch.cuda, pin: bool = True
     ) -> None:
-        self.device = device
-        self.cuda = cuda
-        self.pin = pin
+        self.device, self.cuda, self.pin = device, cuda, pin
         self.stream = cuda.Stream(device)
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(slots):
             self._free.put(_Slot(cuda.Event(), cuda.Event()))
 
     def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], HostPicture]:
-        slot = self._free.get_nowait()  # raises queue.Empty where more are begun than finished
+        slot = self._free.get_nowait()  # raises queue.Empty where all slots are in use
         failure: Exception | None = None
         try:
             self._start(slot, decoder, x0)
@@ -113,7 +111,7 @@ class SideStream:
 
 @dataclass(slots=True)
 class _Slot:
-    """Buffers for one frame on its way; made on first use and for another size of run."""
+    """Buffers for one frame on its way; allocated on first use and for another size of run."""
 
     ready: Any
     finished: Any
@@ -162,9 +160,7 @@ class Preview:
     ) -> None:
         if every < 1 or slots < 1:
             raise InputError(f"every and slots are at least 1, got {every} and {slots}")
-        self.decoder = decoder
-        self.every = every
-        self.slots = slots
+        self.decoder, self.every, self.slots = decoder, every, slots
         self.dropped = 0
         self.problems: list[str] = []
         self._deliver = deliver if callable(deliver) else deliver.put_nowait
@@ -186,7 +182,7 @@ class Preview:
         return linear if linear is not None and linear.factors.is_cuda else None
 
     def check_space(self, lineage: str | None) -> None:
-        """Raise InputError for a run of another family; `Engine.sample` asks before it begins."""
+        """Raise InputError for a run of another family; `Engine.sample` calls it first."""
         self.decoder.check_space(lineage)
 
     def __call__(self, state: State) -> None:
@@ -200,7 +196,7 @@ class Preview:
         decoder, source = self.decoder, state.x0
         if decoder.linear is not None and state.rgb is not None:
             decoder, source = _READY, state.rgb.permute(0, 3, 1, 2)
-        elif decoder.device is not None:  # before a lane has it: its streams are of one device
+        elif decoder.device is not None:  # a lane's streams are of one device
             source = source.to(decoder.device)
         try:
             finish = self._lane_on(source.device).begin(decoder, source)
@@ -280,4 +276,4 @@ def _ready(rgb: Tensor) -> Picture:
 
 
 _READY = Decoder(name="linear", space=None, channels=3, scale=1, draw=_ready)
-"""For a picture that the step drew: uint8 [B, 3, h, w], nothing left to do."""
+"""For a picture that the step drew: uint8 [B, 3, h, w]."""

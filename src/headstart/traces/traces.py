@@ -123,7 +123,7 @@ def trace(
     controls      phrase -> runs under the same names, seeds and plans, of the prompt without it
                   (`without` takes it out). A phrase without one counts as not asked for, and is
                   never called there; see `headstart.traces.timeline`
-    every         look at every n-th row of the longest run; a run of fewer rows is seen whole
+    every         look at every n-th row of the longest run, and at all rows of a shorter one
     on_step       called after each picture row, for progress
 
     The blank is the decoder's picture of latents that are 0, which is what a network knows before
