@@ -28,7 +28,7 @@ in_fused_step = partial(tests, "kernels/test_fused_step.py")
 in_winograd = partial(tests, "kernels/test_winograd.py")
 
 BITS = in_step("bits_of_every_prediction_and_update[sm_90-torch.float16]")
-EACH = in_step("rows_of_samples_have_the_reference_bits[sm_90-torch.float32]")
+SAMPLE_ROWS = in_step("rows_of_samples_have_the_reference_bits[sm_90-torch.float32]")
 GUARD = in_step("in_place_unaligned_and_nothing_beside_the_outputs_is_written")
 GUIDANCE = in_step("guidance_of_each_sample_and_the_row_that_follows")
 SKIPPED = in_step("terms_with_coefficient_0_are_neither_read_nor_added")
@@ -37,7 +37,7 @@ NOTICED = in_step("a_sample_with_nan_or_infinity_is_noticed_on_the_way")
 FLAGGED = in_step("flags_of_parts_cost_no_launch_beside_the_steps_own")
 NORMALS = in_pictures("normals_have_the_reference_bits")
 TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
-SHOWN = in_pictures("previews_have_the_reference_bytes")
+PREVIEWS = in_pictures("previews_have_the_reference_bytes")
 DECODED = in_pictures("pixels_become_the_reference_bytes")
 NORMED = in_layers("groupnorm_silu_is_within_its_budget[sm_90-layout0-torch.float16]")
 QUIET = in_layers("a_quiet_image_is_normalised_with_its_epsilon")
@@ -73,9 +73,9 @@ IN_STEP = (
     ("read the state past its end", "tl.where((c_skip != 0.0) | (keep != 0.0), count, 0)", "BLOCK", GUARD),
     ("read noise that is not added", "pixel < tl.where(add != 0.0, count, 0)", "inside", SKIPPED),
     ("read F_uncond that is not needed", "pixel < tl.where(scale != 1.0, count, 0)", "inside", SKIPPED),
-    ("swap keep and add", "tl.load(here + _KEEP), tl.load(here + _ADD)", "tl.load(here + _ADD), tl.load(here + _KEEP)", BITS),
-    ("swap c_skip and c_out", "tl.load(here + _C_SKIP), tl.load(here + _C_OUT)", "tl.load(here + _C_OUT), tl.load(here + _C_SKIP)", BITS),
-    ("this row's c_in for the next input", "tl.load(following + _C_IN)", "tl.load(here + _C_IN)", GUIDANCE),
+    ("swap keep and add", "tl.load(row_ptr + _KEEP), tl.load(row_ptr + _ADD)", "tl.load(row_ptr + _ADD), tl.load(row_ptr + _KEEP)", BITS),
+    ("swap c_skip and c_out", "tl.load(row_ptr + _C_SKIP), tl.load(row_ptr + _C_OUT)", "tl.load(row_ptr + _C_OUT), tl.load(row_ptr + _C_SKIP)", BITS),
+    ("this row's c_in for the next input", "tl.load(next_ptr + _C_IN)", "tl.load(row_ptr + _C_IN)", GUIDANCE),
     ("look past the last row", "tl.minimum(row + 1, last)", "(row + 1)", BITS),
     ("drop guidance", "f = tl.where(scale == 1.0, f, u + scale * (f - u))", "f = f + 0.0 * u", BITS),
     ("guide in another order", "u + scale * (f - u))", "f + (scale - 1.0) * (f - u))", BITS),
@@ -84,11 +84,11 @@ IN_STEP = (
     ("mix in another order", "x0 + keep * (x - x0))", "keep * x + (1.0 - keep) * x0)", BITS),
     ("forget the term that looks back", "y + carry * (x0 - previous))", "y)", BITS),
     ("look back with the wrong sign", "carry * (x0 - previous)", "carry * (previous - x0)", BITS),
-    ("forget which row of the plan is row 0", "_drawn(element, seed, image, row + first_row, ", "_drawn(element, seed, image, row, ", in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")),
-    ("the first sample's row for all", "_number(step_ptr, sample * STEP_STRIDE, row)", "_number(step_ptr, 0, row)", EACH),
-    ("the first sample's plan for all", "_number(first_row_ptr, sample, first_row)", "_number(first_row_ptr, 0, first_row)", EACH),
-    ("scale all by the first sample's row", "_number(step_ptr, part, row)", "_number(step_ptr, 0, row)", EACH),
-    ("scale the first sample alone", "here = part * count + start", "here = start", EACH),
+    ("forget which row of the plan is row 0", "_noise(element, seed, image, row + first_row, ", "_noise(element, seed, image, row, ", in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")),
+    ("the first sample's row for all", "_number(step_ptr, sample * STEP_STRIDE, row)", "_number(step_ptr, 0, row)", SAMPLE_ROWS),
+    ("the first sample's plan for all", "_number(first_row_ptr, sample, first_row)", "_number(first_row_ptr, 0, first_row)", SAMPLE_ROWS),
+    ("scale all by the first sample's row", "_number(step_ptr, part, row)", "_number(step_ptr, 0, row)", SAMPLE_ROWS),
+    ("scale the first sample alone", "first = part * count + start", "first = start", SAMPLE_ROWS),
     ("a sample's place in 32 bits", "part = tl.program_id(1).to(tl.int64)", "part = tl.program_id(1)", offsets("scale_input, row a sample")),
     ("the same noise in every channel", "        element = element + plane\n", "", LAST),
     ("fill one half of a guided pair", "tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)", "tl.store(x_in_ptr + at, x_in, mask=inside)", BITS),
@@ -136,10 +136,10 @@ IN_RGB = (
     ("bytes past the end", "inside = pixel < count\n", "inside = pixel < BLOCK\n", DECODED),
 )  # fmt: skip
 IN_PICTURE = (
-    ("one row of an upscaled one", "for repeat in range(UPSCALE):", "for repeat in range(1):", SHOWN),
-    ("stretched and not repeated", "(start + pixel) // UPSCALE", "(start + pixel) % width", SHOWN),
-    ("no bias on green", "+ tl.load(bias_ptr + 1)\n", "\n", SHOWN),
-    ("blue by green's factor", "tl.load(factors_ptr + channel * 3 + 2)", "tl.load(factors_ptr + channel * 3 + 1)", SHOWN),
+    ("one row of an upscaled one", "for repeat in range(UPSCALE):", "for repeat in range(1):", PREVIEWS),
+    ("stretched and not repeated", "(start + pixel) // UPSCALE", "(start + pixel) % width", PREVIEWS),
+    ("no bias on green", "+ tl.load(bias_ptr + 1)\n", "\n", PREVIEWS),
+    ("blue by green's factor", "tl.load(factors_ptr + channel * 3 + 2)", "tl.load(factors_ptr + channel * 3 + 1)", PREVIEWS),
     ("green for blue", "tl.load(at + plane + plane, mask", "tl.load(at + plane, mask", DECODED),
     ("pixels past the end", "inside = offset < count - start", "inside = offset < BLOCK", DECODED),
 )  # fmt: skip
@@ -147,7 +147,7 @@ IN_NORM = (
     ("statistics in the input's dtype", "x = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)", "x = tl.load(start + at, mask=inside, other=0.0)", NORMED),
     ("deviations of what is not there", "deviation = tl.where(inside, x - mean[None, :], 0.0)", "deviation = x - mean[None, :]", NORMED),
     ("a whole tile's count", "count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)\n    mean", "count = (plane * 0 + PIXELS).to(tl.float32)\n    mean", NORMED),
-    ("forget how far apart the tiles are", "spread + count * away * away", "spread", NORMED),
+    ("forget how far apart the tiles are", "spread + count * difference * difference", "spread", NORMED),
     ("the unbiased variance", "tl.div_rn(tl.sum(square, 0), size)", "tl.div_rn(tl.sum(square, 0), size - 1.0)", NORMED),
     ("forget epsilon", "tl.div_rn(tl.sum(square, 0), size) + eps", "tl.div_rn(tl.sum(square, 0), size)", QUIET),
     ("epsilon outside the root", "tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)", "tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size)) + eps", QUIET),
@@ -180,12 +180,12 @@ IN_GATE = (
 IN_ADAPTER = (
     ("forget the strength", "strength * change", "change", ADDED),
     ("the first sample's strength for all", "strength = tl.load(strength_ptr + sample)", "strength = tl.load(strength_ptr)", ADDED),
-    ("work for strength 0", "there = token < tl.where(strength != 0.0, tokens, 0)", "there = token < tokens", IDLE),
-    ("low rank for strength 0", "tl.where(wanted, tokens, 0), tl.where(wanted, rank, 0)", "tokens, rank", IDLE),
+    ("work for strength 0", "inside = token < tl.where(strength != 0.0, tokens, 0)", "inside = token < tokens", IDLE),
+    ("low rank for strength 0", "tl.where(active, tokens, 0), tl.where(active, rank, 0)", "tokens, rank", IDLE),
     ("one tile of the width", "range(0, width, INNER)", "range(0, INNER, INNER)", RANKS),
     ("one tile of the rank", "range(0, rank, RANK)", "range(0, RANK, RANK)", RANKS),
     ("replace y", "tl.load(at, mask=mask, other=0.0).to(tl.float32) + strength", "strength", ADDED),
-    ("write past the rank", "mask = there[:, None] & (component < rank)[None, :]\n    h = total", "mask = there[:, None] & (component < RANK)[None, :]\n    h = total", ADDED),
+    ("write past the rank", "mask = inside[:, None] & (component < rank)[None, :]\n    h = total", "mask = inside[:, None] & (component < RANK)[None, :]\n    h = total", ADDED),
 )  # fmt: skip
 IN_IMPL = (
     (IMPL_STEP, "pack a picture at any address", " and picture.rgb.data_ptr() % 4 == 0", "", in_step("a_picture_may_lie_at_any_address")),
@@ -198,9 +198,9 @@ IN_IMPL = (
     (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
     (IMPL_NORM, "a shift with strides read without", "shift.contiguous()", "shift", SHIFTED),
     (f"{IMPL}/triton_layernorm.py", "weights with strides read without", "weight.contiguous(), bias.contiguous()", "weight, bias", SUMMED),
-    (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
-    (IMPL_STEP, "a row a sample, taken for one", "STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0", "STEP_STRIDE=0", EACH),
-    (IMPL_STEP, "rows read as if they were dense", '"step_ptr": step.contiguous()', '"step_ptr": step', EACH),
+    (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", PREVIEWS),
+    (IMPL_STEP, "a row a sample, taken for one", "STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0", "STEP_STRIDE=0", SAMPLE_ROWS),
+    (IMPL_STEP, "rows read as if they were dense", '"step_ptr": step.contiguous()', '"step_ptr": step', SAMPLE_ROWS),
     (API, "a pair the wrong way round", "f_uncond, f_cond = f.split", "f_cond, f_uncond = f.split", in_fused_step("a_guided_pair_may_be_one_tensor")),
     (API, "a pair for a row of one pass", "    if single or inputs", "    if inputs", in_fused_step("a_pair_for_a_row_of_one_pass_is_an_error")),
     ("kernels/headstart_kernels/impl/native_step.py", "C: a pair the wrong way round", "f_at, u_at = f_at + count * f.itemsize, f_at", "u_at = f_at + count * f.itemsize", tests("kernels/test_native.py", "a_loops_own_step_has_the_bits_of_any_step")),

@@ -30,8 +30,8 @@ OPERATORS: Any = torch.ops.headstart_kernels
 _NOUN = {
     "fused_step": "step",
     "scale_input": "step",
-    "own_step": "step",
-    "own_steps": "step",
+    "step_layouts": "step",
+    "unchecked_step": "step",
     "philox_normal": "noise",
     "preview_rgb": "rgb",
     "decode_u8": "rgb",
@@ -104,16 +104,15 @@ def has_c(*, multiplies: bool = False) -> bool:
 
 
 def is_noted(*tensors: Tensor) -> bool:
-    """Whether somebody records the operators of a CPU to run them again, where a kernel in C is to
-    be one of them: then the recording has the bits of a run without it."""
+    """Whether the operators of a CPU are recorded to run again and a kernel in C should be one of
+    them: then the recording has the bits of a run without it."""
     if is_compiling() or not (has_modes() and is_recorded()) or transformed():
         return False
     return not differentiates(*tensors) and all(tensor.is_cpu for tensor in tensors) and has_c()
 
 
 def _in_c(*tensors: Tensor) -> bool:
-    """What is asked last may compile."""
-    return on_host(*tensors) and not differentiates(*tensors) and why_not() is None
+    return on_host(*tensors) and not differentiates(*tensors) and has_c()
 
 
 @cache
@@ -128,7 +127,7 @@ def _named(kernel: str, impl: Impl | str, tensor: Tensor, rows_differ: bool) -> 
     try:
         requested = Impl(impl)
     except ValueError:
-        names = ", ".join(repr(known.value) for known in Impl)
+        names = ", ".join(repr(member.value) for member in Impl)
         raise ValueError(
             f"impl: {impl!r} does not exist in this version; there is {names} (None takes the best)"
         ) from None

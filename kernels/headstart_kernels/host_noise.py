@@ -39,12 +39,12 @@ def normals(seeds: Tensor, samples: Tensor, step: int, count: int) -> Tensor:
     """[B, count] unit normals of B images in one row; seeds and samples int64 [B], on the CPU."""
     blocks, batch = -(-count // 4), len(seeds)
     normal = torch.empty(batch, 4 * blocks, dtype=torch.float32, device="cpu")
-    drawn = normal.numpy().reshape(batch, blocks, 2, 2)
+    normal_pairs = normal.numpy().reshape(batch, blocks, 2, 2)
     numbers, keys = _unsigned(samples), _keys(_unsigned(seeds))
     for images, span in _parts(batch, blocks):
         words = _words(keys[:, :, images], numbers[images, None], step, span)
         # [pair, image, block, real and imaginary], as the words are [pair, image, block]
-        out = drawn[images, span.start : span.stop].transpose(2, 0, 1, 3)
+        out = normal_pairs[images, span.start : span.stop].transpose(2, 0, 1, 3)
         _box_muller(words, out)
     return normal[:, :count].contiguous()
 
@@ -103,7 +103,7 @@ def _box_muller(words: Words, out: Floats) -> None:
 
 
 def _minus_two_log(word: NDArray[np.uint32]) -> Floats:
-    """-2 ln v, v = (word + 1/2)*2^-32; `word` is used up."""
+    """-2 ln v, v = (word + 1/2)*2^-32; `word` is overwritten."""
     upper = np.negative((word >= np.uint32(philox.UPPER)).view(np.int8)).astype(np.int32)
     word ^= upper.view(np.uint32)
     u = word.astype(np.float32)
@@ -124,14 +124,14 @@ def _minus_two_log(word: NDArray[np.uint32]) -> Floats:
         series += np.float32(constant)
     series *= f
     exponent &= ~upper
-    whole = exponent.astype(np.float32)
-    whole *= np.float32(philox.MINUS_2_LN_2)
-    series += whole
+    scaled_exponent = exponent.astype(np.float32)
+    scaled_exponent *= np.float32(philox.MINUS_2_LN_2)
+    series += scaled_exponent
     return series
 
 
 def _cos_sin(word: Integers) -> tuple[Floats, Floats]:
-    """cos and sin of (pi/2)*word*2^-30; `word` is used up."""
+    """cos and sin of (pi/2)*word*2^-30; `word` is overwritten."""
     quarter = word + np.int32(1 << 29)
     quarter >>= 30
     word <<= 2
@@ -158,11 +158,11 @@ def _cos_sin(word: Integers) -> tuple[Floats, Floats]:
     return cosine, sine
 
 
-def _choose(mask: Integers, one: Integers, other: Integers) -> None:
-    """Bits of `one` where the mask is all ones, else of `other`, into `other`; `one` is used up."""
-    one ^= other
-    one &= mask
-    other ^= one
+def _choose(mask: Integers, a: Integers, b: Integers) -> None:
+    """Bits of `a` where the mask is all ones, else of `b`, into `b`; `a` is overwritten."""
+    a ^= b
+    a &= mask
+    b ^= a
 
 
 def _horner(coefficients: Sequence[float], x: Floats, out: Any = None) -> Floats:

@@ -18,8 +18,7 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
     """kernel[grid](...) on the GPU that holds the arguments; `kernel` is a function of Triton's."""
-    tensors = (one for one in (*arguments, *named.values()) if isinstance(one, Tensor))
-    device = next(tensors).device
+    device = next(a.device for a in (*arguments, *named.values()) if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **named, **OPTIONS)
 

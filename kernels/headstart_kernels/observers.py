@@ -1,6 +1,6 @@
-"""Who looks on while operators run: compilers, tracers, recorders, transforms, autograd.
+"""Who observes operators while they run: compilers, tracers, recorders, transforms, autograd.
 
-They see torch's operators and ours. What numpy or C do on a tensor's memory they do not.
+They see torch's operators and ours, but not what numpy or C do on a tensor's memory.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ _RECORDED: ContextVar[bool] = ContextVar("headstart_kernels_recorded", default=F
 
 
 def stands_in(tensor: Tensor) -> bool:
-    """Whether this is in place of a tensor on a GPU: a tracer's fake one, a compiler's, or one
-    without memory, whose operators are counted. Then the registered operator is called, which such
-    tensors understand, and no kernel is."""
+    """Whether this stands for a tensor on a GPU: a tracer's fake one, a compiler's, or one without
+    memory, whose operators are counted. Such tensors need the registered operator, not a kernel."""
     return tensor.is_meta or (tensor.is_cuda and (type(tensor) is not Tensor or is_compiling()))
 
 
 def on_host(*tensors: Tensor) -> bool:
-    """Whether all are what they seem, on a CPU, and nobody watches: then numpy may compute on their
-    memory. What it does there, a compiler or a recorder of operators would never see. Memory of
+    """Whether all are plain tensors on a CPU, and nobody observes: then numpy may compute on their
+    memory, which a compiler or a recorder of operators would never see. Memory of
     `torch._neg_view`, as of `z.conj().imag`, has the other sign."""
     for tensor in tensors:
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
@@ -42,9 +41,9 @@ def on_host(*tensors: Tensor) -> bool:
 
 def watched() -> bool:
     """Whether a compiler, `torch.jit.trace` (and so exporters to ONNX or OpenVINO), a recorder of
-    operators or a transform of functions looks on: what `torch.func` and forward-mode gradients
-    keep beside a tensor is not in its memory. Inside of an operator that a recorder has noted it
-    looks away."""
+    operators or a transform of functions observes: what `torch.func` and forward-mode gradients
+    keep beside a tensor is not in its memory. A recorder does not observe the inside of an
+    operator that it has recorded."""
     return has_modes() or is_compiling() or transformed()
 
 
@@ -54,8 +53,8 @@ def has_modes() -> bool:
 
 
 def transformed() -> bool:
-    """Whether `torch.func`, forward-mode gradients, `torch.jit.trace` or autocast are at work here:
-    they follow torch's own operators, and know of no other what it is of their tensors."""
+    """Whether `torch.func`, forward-mode gradients, `torch.jit.trace` or autocast are active: they
+    follow torch's own operators only."""
     level = cast(int, forward_ad._current_level)  # pyright: ignore
     if level >= 0 or peek_interpreter_stack() is not None:  # pyright: ignore[reportUnnecessaryComparison]
         return True
@@ -74,7 +73,7 @@ def is_recorded() -> bool:
 
 @contextmanager
 def recorded() -> Generator[None]:
-    """For whoever records so."""
+    """Within it, what runs is recorded by somebody who runs our operators again."""
     token = _RECORDED.set(True)
     try:
         yield

@@ -25,7 +25,7 @@ from headstart_kernels.operands import Draw, Preview, memory_format
 
 _NAMESPACE = "headstart_kernels"
 BODIES: dict[str, Callable[..., Any]] = {}
-"""What each operator runs, as plain Python: for whoever records the kernels inside."""
+"""What each operator runs, as plain Python: for recorders of the kernels inside."""
 
 
 def _operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -230,7 +230,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((batch, queries, heads, width)).transpose(1, 2)
 
 
-# Those that follow are for who records operators to run them again, in C.
+# The following are for recorders that run operators again, in C.
 
 
 @_operator(("y", "scratch"))
@@ -271,9 +271,9 @@ _PREPARED = {
 }
 
 
-def again(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], object]:
-    """One of these operators, to be called again and again on this memory: as plain Python, or
-    what is C, as a call of it whose arguments are packed once."""
+def body_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], object]:
+    """One of these operators, to be called many times on this memory: as plain Python, or a kernel
+    in C with its arguments packed once."""
     if name in _PREPARED:
         return load(_PREPARED[name], Impl.NATIVE)(*args, **kwargs)
     return partial(BODIES[name], *args, **kwargs)

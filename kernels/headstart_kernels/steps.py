@@ -1,4 +1,4 @@
-"""A loop's own steps: `fused_step` by row, without looking twice at what the loop made itself."""
+"""The steps of a loop: `fused_step` by row, without checks of what the loop itself allocated."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Steps:
 
         x', x0 = steps(row, x, f, noise=, x0_prev=, x_in=, preview=, finite=)
 
-    The bits and the errors of `fused_step`. What the caller made for it is taken as it is, however:
+    The bits and the errors of `fused_step`. What the caller allocated is not checked, however:
     `x_in` [B, ...] or [2B, ...], `finite` [B], `preview` and the keys of a `Draw` are contiguous,
     of the right dtype and on the state's device. On a CPU a step is one call in C then.
     """
 
-    __slots__ = ("_own", "_step", "rows")
+    __slots__ = ("_layouts", "_step", "rows")
 
     def __init__(self, rows: Rows, shape: Sequence[int], device: torch.device) -> None:
         self.rows = rows
-        self._own: list[Any] | None = None
+        self._layouts: list[Any] | None = None
         if device.type == "cpu" and len(shape) > 1 and has_c():
-            self._own = load("own_steps", Impl.NATIVE)(rows, torch.Size(shape))
-            self._step = load("own_step", Impl.NATIVE)
+            self._layouts = load("step_layouts", Impl.NATIVE)(rows, torch.Size(shape))
+            self._step = load("unchecked_step", Impl.NATIVE)
 
     def __call__(
         self,
@@ -48,9 +48,9 @@ class Steps:
         finite: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         first = noise.first_row if isinstance(noise, Draw) else 0
-        if self._own is not None and isinstance(first, int) and not watched():
+        if self._layouts is not None and isinstance(first, int) and not watched():
             result = self._step(
-                self._own[row], row + first, x, f, noise, x0_prev, x_in, preview, finite
+                self._layouts[row], row + first, x, f, noise, x0_prev, x_in, preview, finite
             )
             if result is not None:
                 return result

@@ -16,7 +16,7 @@ class Row(NamedTuple, Generic[Coefficient]):
 
     x_in = c_in*x     x0 = c_skip*x + c_out*F     F = F_uncond + guidance*(F_cond - F_uncond)
     x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n
-    `timestep` is what the network is told; no kernel reads it.
+    `timestep` is an input of the network; no kernel reads it.
     """
 
     c_in: Coefficient
@@ -60,7 +60,9 @@ class Rows:
         object.__setattr__(
             self,
             "coefficients",
-            tuple((after.c_in, *row[1:7]) for row, after in zip(rows, following, strict=True)),
+            tuple(
+                (next_row.c_in, *row[1:7]) for row, next_row in zip(rows, following, strict=True)
+            ),
         )
 
     def __len__(self) -> int:

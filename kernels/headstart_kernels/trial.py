@@ -2,7 +2,7 @@
 
 Triton builds its launcher with a C compiler at the first launch, asks the driver, and assembles for
 the GPU's architecture; a slim container, an old driver or an old GPU fails there. Then the kernels
-that nobody asked for by name are torch's own, and the user is told so once. What else may go wrong
+that were not requested by name are torch's, and the user is warned once. What else may go wrong
 in a launch is a fault of ours or of the device, and is raised.
 """
 
@@ -41,7 +41,7 @@ class Sign(NamedTuple):
 
 _COMPILER = "install gcc, or set CC to a C compiler"
 _HEADERS = "install a C compiler that works, Python's headers (python3-dev) and the GPU's driver"
-_OWN = "install the version of triton that torch asks for"
+_VERSION = "install the version of triton that torch asks for"
 _DRIVER = "update the GPU's driver"
 _CACHE = "set TRITON_CACHE_DIR to a folder that can be written to and run from"
 SIGNS = (
@@ -52,7 +52,7 @@ SIGNS = (
     # triton/runtime/cache.py: a home folder without room or rights, or mounted noexec
     Sign(OSError, "", "Triton cannot keep what it compiles", _CACHE),
     Sign(ModuleNotFoundError, "'triton", "Triton is not installed", "install the package triton"),
-    Sign(ImportError, "", "Triton cannot be loaded", f"{_OWN}; {_CACHE}"),
+    Sign(ImportError, "", "Triton cannot be loaded", f"{_VERSION}; {_CACHE}"),
     # triton/backends/nvidia/driver.py and driver.c
     Sign(AssertionError, "libcuda.so", "there is no libcuda.so", "run ldconfig as root"),
     Sign(RuntimeError, "active drivers", "Triton finds no driver, or several", _DRIVER),
@@ -65,9 +65,9 @@ SIGNS = (
     # triton/backends/nvidia/compiler.py: an architecture that its assembler does not know
     Sign("PTXASError", "", "Triton's assembler does not know this GPU", "update triton and torch"),
 )
-"""Literally all of them: no other error is taken for one of these."""
+"""All of them: any other error is raised."""
 
-_known: dict[torch.device, str | None] = {}
+_reasons: dict[torch.device, str | None] = {}
 _lock = threading.Lock()
 
 
@@ -78,13 +78,13 @@ def launches(device: torch.device) -> bool:
     While a graph is captured nothing is tried, because it would have to wait: a device that no
     warm-up has tried counts as one that can, so that what fails there is raised and not recorded.
     """
-    if device in _known:
-        return _known[device] is None
+    if device in _reasons:
+        return _reasons[device] is None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return True
     with _lock:
-        if device not in _known:
-            _known[device] = reason = _why_not(device)
+        if device not in _reasons:
+            _reasons[device] = reason = _why_not(device)
             if reason is not None:
                 warnings.warn(
                     f"headstart_kernels: Triton cannot launch on {device}, running on torch's own "
@@ -92,7 +92,7 @@ def launches(device: torch.device) -> bool:
                     RuntimeWarning,
                     stacklevel=4,
                 )
-    return _known[device] is None
+    return _reasons[device] is None
 
 
 def _why_not(device: torch.device) -> str | None:

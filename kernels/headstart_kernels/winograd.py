@@ -65,14 +65,14 @@ class Filter:
                 f"weight: expected numbers on a CPU, got {spec(weight)} on {weight.device}"
             )
         outputs, inputs = weight.shape[:2]
-        one_way = torch.tensor(filter_matrix(), dtype=torch.float64, device="cpu")
-        both_ways = torch.kron(one_way, one_way)  # [36, 9]
+        matrix = torch.tensor(filter_matrix(), dtype=torch.float64, device="cpu")
+        transform = torch.kron(matrix, matrix)  # [36, 9]
         shape = (PLACES, _slices(outputs), inputs, SLICE)
         places = torch.zeros(shape, dtype=torch.float32, device="cpu")
         for at in range(-(-outputs // SLICE)):  # what is float64 is small
-            part = weight.detach()[at * SLICE : (at + 1) * SLICE].double()
-            taps = part.permute(2, 3, 1, 0).reshape(9, -1)
-            places[:, at, :, : len(part)] = (both_ways @ taps).view(PLACES, inputs, -1)
+            block = weight.detach()[at * SLICE : (at + 1) * SLICE].double()
+            taps = block.permute(2, 3, 1, 0).reshape(9, -1)
+            places[:, at, :, : len(block)] = (transform @ taps).view(PLACES, inputs, -1)
         return cls(places, outputs)
 
     @property
@@ -94,9 +94,8 @@ def winograd_conv(
     bias  float32 [C'], or None
 
     For inference: a gradient for x, `torch.func` and `torch.jit.trace` go through the reference,
-    which keeps all in between. A number
-    that is not finite reaches up to 4x4 outputs of each of its tiles, of 6x6 inputs, which are two
-    or four at their borders; in conv2d it reaches 3x3 outputs.
+    which keeps all in between. A number that is not finite reaches up to 4x4 outputs of each of its
+    tiles, of 6x6 inputs, which are two or four at their borders; in conv2d it reaches 3x3 outputs.
     """
     _check(x, filter, bias)
     followed = transformed() or differentiates(x)
@@ -107,7 +106,7 @@ def winograd_conv(
 
 
 def in_operator(x: Tensor, filter: Filter, bias: Tensor | None) -> Tensor:
-    """What the operator runs: whoever watches sees the operator, and nothing inside."""
+    """What the operator runs: an observer sees the operator, and nothing inside."""
     _check(x, filter, bias)
     return _run(Impl.NATIVE if has_c() else Impl.REFERENCE, x, filter, bias)
 

@@ -34,7 +34,7 @@ def test_each_gpu_is_tried_once_with_a_kernel_that_runs(cuda: EmulatedCuda) -> N
             _, got = products()
     names = [name for name, _ in gpu.launches]
     assert names == ["trial_kernel", "geglu_kernel"] * 2 + ["geglu_kernel"] * 2
-    assert all(own.is_cuda for own in got) and not trial._known, "nothing of it stays"
+    assert all(own.is_cuda for own in got) and not trial._reasons, "nothing of it stays"
 
 
 def test_it_is_tried_once_and_before_the_first_capture(cuda: EmulatedCuda) -> None:
@@ -60,7 +60,7 @@ def test_nothing_is_tried_in_a_capture_and_what_fails_there_is_raised(cuda: Emul
     with launched(cuda) as gpu, failing(gpu, RuntimeError("Failed to find C compiler")):
         with pytest.raises(CaptureError, match="Failed to find C compiler"):
             site.run(GEGLU, {"x": x})
-        assert not trial._known
+        assert not trial._reasons
         with pytest.warns(RuntimeWarning, match="Triton cannot launch"):
             geglu(x)
         (got,) = site.run(GEGLU, {"x": x})

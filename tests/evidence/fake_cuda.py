@@ -36,10 +36,10 @@ from evidence.open_tape import OpenTape, poison
 from headstart_kernels.recording.tape import (
     ALLOCATES,
     Tape,
+    mutated_args,
     name_of,
     storage_of,
     tensors,
-    written,
 )
 
 Pool = tuple[int, int]
@@ -307,7 +307,7 @@ class FakeCuda:
         idle = idle or func.is_view or name_of(func) in ALLOCATES
         now = stream.tick()
         inputs = tensors((args, kwargs))
-        writes = {storage_of(tensor) for tensor in written(func, args, kwargs)}
+        writes = {storage_of(tensor) for tensor in mutated_args(func, args, kwargs)}
         if not idle:
             for key in {storage_of(tensor) for tensor in inputs}:
                 self._access(key, stream, now, writing=key in writes, what=str(func))

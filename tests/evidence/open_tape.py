@@ -18,10 +18,10 @@ from headstart_kernels.recording.tape import (
     Recording,
     Tape,
     WaitError,
-    again_into,
     computes,
     fresh_of,
     name_of,
+    rerun_into,
     storage_of,
 )
 
@@ -43,7 +43,7 @@ class OpenTape(Tape):
         with _Opened(self):
             yield
 
-    def made(self, storage: int) -> bool:
+    def allocated(self, storage: int) -> bool:
         return storage in self.owned
 
     def add(self, name: str, run: Callable[[], object], *used: object) -> None:
@@ -58,7 +58,7 @@ class OpenTape(Tape):
         self._alive.append((args, kwargs, result))
         self.owned.update((storage_of(out), out) for out in fresh)
         if computes(func, fresh):
-            run = again_into(func, args, kwargs, result, fresh)
+            run = rerun_into(func, args, kwargs, result, fresh)
             self.calls.append(Call(name_of(func), run))
 
     def clear(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evidence.open_tape import poison
 from evidence.oracle import random_latents
-from headstart_kernels.recording.lifetimes import Piece, _lay_out
+from headstart_kernels.recording.lifetimes import Block, _set_offsets
 from headstart_kernels.recording.tape import Tape
 
 
@@ -91,10 +91,10 @@ def test_no_two_pieces_in_use_share_a_byte() -> None:
     ends = torch.randint(1, 9, (200,), generator=generator).tolist()
     sizes = torch.randint(0, 5000, (200,), generator=generator).tolist()
     pieces = [
-        Piece(None, size, begin // 2, begin // 2 + length)  # pyright: ignore[reportArgumentType]
+        Block(None, size, begin // 2, begin // 2 + length)  # pyright: ignore[reportArgumentType]
         for begin, (size, length) in enumerate(zip(sizes, ends, strict=True))
     ]
-    total = _lay_out(pieces)
+    total = _set_offsets(pieces)
     for i, a in enumerate(pieces):
         assert a.end is not None and a.offset % 64 == 0 and a.offset + a.size <= total
         for b in pieces[:i]:

@@ -238,12 +238,12 @@ def test_a_loops_own_step_has_the_bits_of_any_step(row: list[float]) -> None:
 def test_which_steps_of_a_loop_are_one_call_in_c() -> None:
     made, rows = operands((2, 4, 9, 7)), Rows(torch.full((2, 8), 0.5))
     x, f, u, noise, previous = made.values()
-    (own, _), pair = native_step.own_steps(rows, x.shape), torch.cat((u, f))
+    (layout, _), pair = native_step.step_layouts(rows, x.shape), torch.cat((u, f))
     usual: dict[str, Any] = {"x": x, "f": pair, "noise": noise, "previous": previous}
     usual |= dict.fromkeys(("x_in", "preview", "finite"))
 
     def goes(**changed: Any) -> bool:
-        return native_step.own_step(own, 0, **(usual | changed)) is not None
+        return native_step.unchecked_step(layout, 0, **(usual | changed)) is not None
 
     assert goes() and goes(noise=Draw(torch.zeros(2).long(), torch.zeros(2).long()))
     assert goes(f=pair.half()) and goes(x_in=torch.empty(4, 4, 9, 7, dtype=HALF))

@@ -56,7 +56,7 @@ def test_a_damaged_one_is_made_anew(fresh: Path, caplog: pytest.LogCaptureFixtur
     damaged = library._folder() / f"kernels-{key}.so"
     damaged.write_bytes(b"\x7fELF and no more")
     assert library.why_not() is None and damaged.stat().st_size > 10_000
-    assert "made anew, because it is damaged" in caplog.text
+    assert "compiled again, because it is damaged" in caplog.text
 
 
 def test_old_ones_are_forgotten_and_so_is_what_was_left_half_made(fresh: Path) -> None:

@@ -47,7 +47,7 @@ def on_a_cpu() -> None:
 
 @pytest.fixture(autouse=True)
 def untried() -> Iterator[None]:
-    with mock.patch.dict(trial._known, clear=True):
+    with mock.patch.dict(trial._reasons, clear=True):
         yield
 
 
@@ -177,7 +177,7 @@ OURS = [
 def test_a_fault_that_is_not_the_machines_is_raised(error: Exception) -> None:
     with mock.patch.object(trial, "launch", failing(error)), pytest.raises(type(error)) as caught:
         trial.launches(HERE)
-    assert caught.value is error and not trial._known
+    assert caught.value is error and not trial._reasons
 
 
 def test_every_sign_has_its_error_above() -> None:
@@ -203,7 +203,7 @@ def test_nothing_is_tried_inside_a_capture_and_what_fails_there_raises() -> None
         mock.patch("torch.cuda.is_current_stream_capturing", lambda: True),
     ):
         assert trial.launches(torch.device("cuda", 0))
-    assert not tried and not trial._known
+    assert not tried and not trial._reasons
 
 
 def test_a_gpu_that_is_too_old_for_triton_is_not_launched_on() -> None:
@@ -225,7 +225,7 @@ def test_a_gpu_that_launches_is_asked_once() -> None:
         assert trial.launches(HERE) and trial.launches(HERE)
         assert gpu.launches == [("trial_kernel", (1, 1, 1))]
         with mock.patch.object(trial, "launch", lambda *_: None):
-            trial._known.clear()
+            trial._reasons.clear()
             with pytest.raises(RuntimeError, match="launched a kernel on cpu, and it did nothing"):
                 trial.launches(HERE)
 

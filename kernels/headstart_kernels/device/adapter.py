@@ -25,23 +25,23 @@ def down_kernel(
     """h [B, tokens, rank] = x [B, tokens, width] down^T; program (tokens, components, sample)."""
     sample = tl.program_id(2).to(tl.int64)
     # No row and no component where the sample has no strength.
-    wanted = tl.load(strength_ptr + sample) != 0.0
-    token_count, components = tl.where(wanted, tokens, 0), tl.where(wanted, rank, 0)
+    active = tl.load(strength_ptr + sample) != 0.0
+    token_count, components = tl.where(active, tokens, 0), tl.where(active, rank, 0)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     component = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    there = token < token_count
+    inside = token < token_count
     row = (sample * tokens + token).to(tl.int64)
     total = tl.zeros((TOKENS, RANK), tl.float32)
     for begin in range(0, width, INNER):
         column = begin + tl.arange(0, INNER)
-        mask = there[:, None] & (column < width)[None, :]
+        mask = inside[:, None] & (column < width)[None, :]
         x = tl.load(x_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
         mask = (component < components)[None, :] & (column < width)[:, None]
         down = tl.load(
             down_ptr + component[None, :] * width + column[:, None], mask=mask, other=0.0
         )
         total += tl.dot(x, down, input_precision="ieee")
-    mask = there[:, None] & (component < rank)[None, :]
+    mask = inside[:, None] & (component < rank)[None, :]
     h = total.to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + row[:, None] * rank + component[None, :], h, mask=mask)
 
@@ -64,17 +64,17 @@ def up_kernel(
     strength = tl.load(strength_ptr + sample)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
-    there = token < tl.where(strength != 0.0, tokens, 0)
+    inside = token < tl.where(strength != 0.0, tokens, 0)
     row = (sample * tokens + token).to(tl.int64)
     change = tl.zeros((TOKENS, OUTER), tl.float32)
     for begin in range(0, rank, RANK):
         component = begin + tl.arange(0, RANK)
-        mask = there[:, None] & (component < rank)[None, :]
+        mask = inside[:, None] & (component < rank)[None, :]
         h = tl.load(h_ptr + row[:, None] * rank + component[None, :], mask=mask, other=0.0)
         mask = (component < rank)[:, None] & (column < width)[None, :]
         up = tl.load(up_ptr + column[None, :] * rank + component[:, None], mask=mask, other=0.0)
         change += tl.dot(h, up, input_precision="ieee")
-    mask = there[:, None] & (column < width)[None, :]
+    mask = inside[:, None] & (column < width)[None, :]
     at = y_ptr + row[:, None] * width + column[None, :]
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32) + strength * change
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)

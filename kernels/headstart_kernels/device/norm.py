@@ -86,8 +86,8 @@ def affine_kernel(
         at = first + tile * channels + part % width
         part_mean = _part_mean(mean_ptr + at, added_ptr, first_added + part % width, inside)
         spread = tl.load(spread_ptr + at, mask=inside, other=0.0)
-        away = part_mean - mean
-        square += tl.where(inside, spread + count * away * away, 0.0)
+        difference = part_mean - mean
+        square += tl.where(inside, spread + count * difference * difference, 0.0)
     deviation = tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)
     channel = tl.arange(0, WIDTH)
     inside = channel < width
@@ -137,9 +137,9 @@ def apply_kernel(
     start = sample * channels * plane
     at = pixel * channels + channel if CHANNELS_LAST else channel * plane + pixel
     x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
-    known = column < channels
-    scale = tl.load(scale_ptr + sample * channels + column, mask=known, other=0.0)
-    shift = tl.load(shift_ptr + sample * channels + column, mask=known, other=0.0)
+    exists = column < channels
+    scale = tl.load(scale_ptr + sample * channels + column, mask=exists, other=0.0)
+    shift = tl.load(shift_ptr + sample * channels + column, mask=exists, other=0.0)
     y = x * scale[None, :] + shift[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))

@@ -88,7 +88,7 @@ def fused_step_kernel(
         if seeds_ptr is not None:  # noqa: SIM102 (the compiler decides this one, the GPU the next)
             if add != 0.0:
                 seed, image = tl.load(seeds_ptr + sample), tl.load(samples_ptr + sample)
-                y = y + add * _drawn(element, seed, image, row + first_row, WHOLE_BLOCKS, BLOCK)
+                y = y + add * _noise(element, seed, image, row + first_row, WHOLE_BLOCKS, BLOCK)
         if x0_ptr is not None:
             tl.store(x0_ptr + at, x0, mask=inside)
         tl.store(x_next_ptr + at, y, mask=inside)
@@ -127,14 +127,14 @@ def scale_input_kernel(
     row = _number(step_ptr, part, row)
     if table_ptr is not None:
         c_in = tl.load(table_ptr + row * _WIDTH + _C_IN)
-    here = part * count + start
-    x_in = c_in * _load(x_ptr + here + offset, inside)
-    tl.store(x_in_ptr + here + offset, x_in.to(x_in_ptr.dtype.element_ty), mask=inside)
+    first = part * count + start
+    x_in = c_in * _load(x_ptr + first + offset, inside)
+    tl.store(x_in_ptr + first + offset, x_in.to(x_in_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _number(ptr, at, number):
-    """The one at a place in memory, or, without memory, the one that came with the launch."""
+    """The number at an address, or, without a pointer, the argument of the launch."""
     if ptr is not None:
         number = tl.load(ptr + at)
     return number
@@ -142,17 +142,17 @@ def _number(ptr, at, number):
 
 @triton.jit
 def _coefficients(table_ptr, row, last):
-    """Those of a row of the device table, and c_in of the row that follows."""
-    here = table_ptr + row * _WIDTH
-    following = table_ptr + tl.minimum(row + 1, last) * _WIDTH
-    skip, out = tl.load(here + _C_SKIP), tl.load(here + _C_OUT)
-    keep, add = tl.load(here + _KEEP), tl.load(here + _ADD)
-    carry, scale = tl.load(here + _CARRY), tl.load(here + _GUIDANCE)
-    return tl.load(following + _C_IN), skip, out, keep, add, carry, scale
+    """The coefficients of a row of the device table, and c_in of the row that follows."""
+    row_ptr = table_ptr + row * _WIDTH
+    next_ptr = table_ptr + tl.minimum(row + 1, last) * _WIDTH
+    skip, out = tl.load(row_ptr + _C_SKIP), tl.load(row_ptr + _C_OUT)
+    keep, add = tl.load(row_ptr + _KEEP), tl.load(row_ptr + _ADD)
+    carry, scale = tl.load(row_ptr + _CARRY), tl.load(row_ptr + _GUIDANCE)
+    return tl.load(next_ptr + _C_IN), skip, out, keep, add, carry, scale
 
 
 @triton.jit
-def _drawn(element, seed, image, row, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def _noise(element, seed, image, row, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """The normals of BLOCK elements of an image from `element` on."""
     if WHOLE_BLOCKS:
         n = consecutive(element >> 2, seed, image, row, BLOCK)
@@ -163,8 +163,9 @@ def _drawn(element, seed, image, row, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _flag(finite_ptr, parts, largest, FLAGS: tl.constexpr):
-    """Of a sample's `parts` flags up to FLAGS, a power of two, are this program's: every so many
-    from its own number on. With FLAGS 0 all were true before, and who finds NaN writes the first.
+    """Write up to FLAGS, a power of two, of a sample's `parts` flags: that of the program's number,
+    then every num_programs-th. With FLAGS 0 all were true before, and a program that meets NaN or
+    infinity writes the first.
     """
     if FLAGS == 0:
         tl.store(finite_ptr + tl.zeros_like(largest), 0, mask=largest >= _INFINITY)

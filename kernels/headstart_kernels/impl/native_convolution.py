@@ -17,12 +17,12 @@ _WORTH = 1 << 20
 
 
 class _Work(NamedTuple):
-    """How a shape is done: who does it, how much scratch they need, and the sizes in C's order."""
+    """How a shape is computed: by which threads, with how much scratch, the sizes in C's order."""
 
     team: tuple[int, int]
-    room: int
+    scratch_size: int
     sizes: tuple[int, ...]
-    made: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
 
 def direct_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -32,7 +32,7 @@ def direct_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
 
 
 def recorded_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """The same as one operator, for who records operators to run them again."""
+    """The same as one operator, for recorders that run operators again."""
     y, scratch = _memory(x, weight, stride)
     torch.ops.headstart_kernels.direct_convolution_into(x, weight, bias, stride, y, scratch)
     return y
@@ -43,16 +43,15 @@ def prepared_convolution(
 ) -> Prepared:
     """Into y, which has the shape of the result."""
     work = _work(x.shape, len(weight), stride, torch.get_num_threads())
-    kept = x, weight, bias, y, scratch
-    return Prepared(calls().direct, DIRECT.pack(*work.team, *map(address, kept), *work.sizes), kept)
+    tensors = x, weight, bias, y, scratch
+    packed = DIRECT.pack(*work.team, *map(address, tensors), *work.sizes)
+    return Prepared(calls().direct, packed, tensors)
 
 
 def _memory(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     work = _work(x.shape, len(weight), stride, torch.get_num_threads())
-    made, room = (
-        torch.empty(size, dtype=torch.float32, device="cpu") for size in (work.made, work.room)
-    )
-    return made, room
+    y = torch.empty(work.output_shape, dtype=torch.float32, device="cpu")
+    return y, torch.empty(work.scratch_size, dtype=torch.float32, device="cpu")
 
 
 @lru_cache(1024)
@@ -61,9 +60,10 @@ def _work(shape: tuple[int, ...], outputs: int, stride: int, threads: int) -> _W
     across, down = ((size - 1) // stride + 1 for size in (width, height))
     products = 9 * inputs * outputs * batch * across * down
     team = team_of(min(threads, products // _WORTH))
-    # Few pixels are one piece of work: then threads share the outputs.
+    # Few pixels are not shared between threads: then threads share the outputs.
     parts = max(1, min(team[1], outputs // 8))
     sizes = batch, inputs, outputs, height, width, stride, parts
-    room = ctypes.c_int64()
-    calls().direct_room(DIRECT.pack(*team, *(0,) * 5, *sizes), ctypes.addressof(room))
-    return _Work(team, room.value, sizes, (batch, outputs, down, across))
+    scratch_size = ctypes.c_int64()
+    packed = DIRECT.pack(*team, *(0,) * 5, *sizes)
+    calls().direct_room(packed, ctypes.addressof(scratch_size))
+    return _Work(team, scratch_size.value, sizes, (batch, outputs, down, across))

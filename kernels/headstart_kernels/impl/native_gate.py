@@ -16,7 +16,7 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def recorded_geglu(x: Tensor) -> Tensor:
-    """The same as one operator, for who records operators to run them again."""
+    """The same as one operator, for recorders that run operators again."""
     x, y = _memory(x)
     torch.ops.headstart_kernels.geglu_into(x, y)
     return y
@@ -26,8 +26,8 @@ def prepared_gate(x: Tensor, y: Tensor) -> Prepared:
     """Of contiguous numbers into y, which has half as many."""
     width = y.shape[-1]
     rows = y.numel() // width
-    places = x.data_ptr(), y.data_ptr()
-    packed = GATE.pack(*team(x.numel()), *places, rows, width, TYPES[x.dtype])
+    sizes = rows, width, TYPES[x.dtype]
+    packed = GATE.pack(*team(x.numel()), x.data_ptr(), y.data_ptr(), *sizes)
     return Prepared(calls().geglu, packed, (x, y))
 
 

@@ -8,14 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import (
-    GROUP_NORM,
-    TYPES,
-    Prepared,
-    address,
-    dense,
-    team,
-)
+from headstart_kernels.native.calls import GROUP_NORM, TYPES, Prepared, address, dense, team
 from headstart_kernels.native.library import calls
 
 _LAST = torch.channels_last
@@ -44,7 +37,7 @@ def recorded_groupnorm_silu(
     shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    """The same as one operator, for who records operators to run them again."""
+    """The same as one operator, for recorders that run operators again."""
     x, weight, bias, shift, y, scratch = _memory(x, groups, weight, bias, shift)
     torch.ops.headstart_kernels.groupnorm_silu_into(
         x, groups, weight, bias, eps, shift, silu, y, scratch
@@ -63,16 +56,16 @@ def prepared_norm(
     y: Tensor,
     scratch: Tensor | None,
 ) -> Prepared:
-    """Into y, which lies as x does; with scratch channels are last."""
-    kept = x, weight, bias, shift, y, scratch
+    """Into y, which has the strides of x; with scratch channels are last."""
+    tensors = x, weight, bias, shift, y, scratch
     batch, channels, height, width = x.shape
     packed = GROUP_NORM.pack(
         *team(x.numel()),
-        *map(address, kept),
+        *map(address, tensors),
         *(batch, channels, height * width, groups, 0 if shift is None else shift.stride(0)),
         *(TYPES[x.dtype], TYPES[weight.dtype], scratch is not None, silu, eps),
     )
-    return Prepared(calls().group_norm, packed, kept)
+    return Prepared(calls().group_norm, packed, tensors)
 
 
 def _memory(
@@ -88,15 +81,15 @@ def _memory(
         shift = shift.contiguous()
     scratch = None
     if last:
-        scratch = torch.empty(_room(x.shape, groups), dtype=torch.float32, device="cpu")
+        scratch = torch.empty(_scratch_size(x.shape, groups), dtype=torch.float32, device="cpu")
     return x, dense(weight), dense(bias), shift, torch.empty_like(x), scratch
 
 
 @lru_cache(1024)
-def _room(shape: tuple[int, ...], groups: int) -> int:
+def _scratch_size(shape: tuple[int, ...], groups: int) -> int:
     """Floats of scratch."""
     batch, channels, height, width = shape
     floats, sizes = ctypes.c_int64(), (batch, channels, height * width, groups, 0)
-    form = GROUP_NORM.pack(0, 1, *(0,) * 6, *sizes, *(0, 0, True, 0), 0.0)
-    calls().group_norm_room(form, ctypes.addressof(floats))
+    packed = GROUP_NORM.pack(0, 1, *(0,) * 6, *sizes, *(0, 0, True, 0), 0.0)
+    calls().group_norm_room(packed, ctypes.addressof(floats))
     return floats.value

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import STEP, TYPES, Operands, dense, packed_step, team
+from headstart_kernels.native.calls import STEP, TYPES, Operands, address, dense, packed_step, team
 from headstart_kernels.native.library import calls
 from headstart_kernels.operands import Draw, Inputs, Outputs, Preview, memory_format
 from headstart_kernels.table import Rows, host_row
@@ -33,28 +33,32 @@ def fused_step(
         _through_copies(x, table, step, inputs, outputs)
         return
     if x_in is not None and not (x_in.is_contiguous() and x_in.dtype in TYPES):
-        known = x_in.dtype if x_in.dtype in TYPES else torch.float32
-        inner = torch.empty(x_in.shape, dtype=known, device="cpu")
+        dtype = x_in.dtype if x_in.dtype in TYPES else torch.float32
+        inner = torch.empty(x_in.shape, dtype=dtype, device="cpu")
         fused_step(x, table, step, inputs, outputs._replace(x_in=inner))
         x_in.copy_(inner)
         return
     _call(x, table, step, inputs, outputs)
 
 
-class OwnStep(NamedTuple):
-    """What of a row's step is known before the run, for states [B, ...] of one shape."""
+class StepLayout(NamedTuple):
+    """A row's step for states [B, ...] of one shape, as far as it is known before the run.
+
+    f_shape  of the network's output, twice the batch for a guided pair
+    single   without guidance
+    """
 
     shape: torch.Size
-    of_f: torch.Size
+    f_shape: torch.Size
     single: bool
     draws: bool
     carries: bool
     coefficients: tuple[float, ...]
 
 
-def own_steps(rows: Rows, shape: torch.Size) -> list[OwnStep]:
+def step_layouts(rows: Rows, shape: torch.Size) -> list[StepLayout]:
     return [
-        OwnStep(shape, shape if c[-1] == 1.0 else _twice(shape), c[-1] == 1.0, *_terms(c), c)
+        StepLayout(shape, shape if c[-1] == 1.0 else _twice(shape), c[-1] == 1.0, *_terms(c), c)
         for c in rows.coefficients
     ]
 
@@ -64,8 +68,8 @@ def _terms(coefficients: tuple[float, ...]) -> tuple[bool, bool]:
     return coefficients[4] != 0.0, coefficients[5] != 0.0
 
 
-def own_step(
-    layout: OwnStep,
+def unchecked_step(
+    layout: StepLayout,
     number: int,
     x: Tensor,
     f: Tensor,
@@ -75,13 +79,13 @@ def own_step(
     preview: Preview | None,
     finite: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(x', x0); None, and nothing done, where an operand does not lie as the kernel wants it.
+    """(x', x0); None, and nothing computed, where the kernel cannot read an operand as it is.
 
-    `x_in`, `preview`, `finite` and the keys of a `Draw` are the loop's own, and not looked at.
+    `x_in`, `preview`, `finite` and the keys of a `Draw` come from the loop and are not checked.
     """
     shape = layout.shape
     try:
-        x_at, f_at, f_type = _at(x, shape, _STATE), _at(f, layout.of_f, f.dtype), TYPES[f.dtype]
+        x_at, f_at, f_type = _at(x, shape, _STATE), _at(f, layout.f_shape, f.dtype), TYPES[f.dtype]
         count = x.numel()
         u_at = noise_at = seeds_at = samples_at = previous_at = 0
         if not layout.single:
@@ -100,15 +104,15 @@ def own_step(
             x_in_at, x_in_type, copies = x_in.data_ptr(), TYPES[x_in.dtype], len(x_in) // shape[0]
     except (_UnusualError, KeyError):
         return None
-    channels, shown = 1, (0, 0, 0)
+    channels, preview_at = 1, (0, 0, 0)
     if preview is not None:
-        channels, shown = shape[1], tuple(tensor.data_ptr() for tensor in preview)
+        channels, preview_at = shape[1], map(address, preview)
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
     calls().step(
         STEP.pack(
             *(x_at, f_at, u_at, 0, noise_at, seeds_at, samples_at, previous_at),
-            *(x_next.data_ptr(), x0.data_ptr(), x_in_at, *shown),
-            *(0 if finite is None else finite.data_ptr(), *team(count)),
+            *(x_next.data_ptr(), x0.data_ptr(), x_in_at, *preview_at),
+            *(address(finite), *team(count)),
             *(shape[0], channels, count // (shape[0] * channels), number),
             *(f_type, f_type, x_in_type, copies, *layout.coefficients),
         )
@@ -117,7 +121,7 @@ def own_step(
 
 
 class _UnusualError(Exception):
-    """An operand does not lie as the kernel wants it."""
+    """The kernel cannot read an operand as it is."""
 
 
 def _at(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> int:

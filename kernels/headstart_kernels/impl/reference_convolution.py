@@ -30,8 +30,8 @@ def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """
     product, c = a.double() * b.double(), c.double()
     total = product + c
-    part = total - product
-    error = (product - (total - part)) + (c - part)  # exact: Knuth's sum of two numbers
+    rounded = total - product
+    error = (product - (total - rounded)) + (c - rounded)  # exact: Knuth's sum of two numbers
     bits = total.view(torch.int64)
     up = (error > 0) == (total > 0)
     odd = torch.where((error != 0) & (bits % 2 == 0), bits + torch.where(up, 1, -1), bits)

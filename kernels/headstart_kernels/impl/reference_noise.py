@@ -87,10 +87,10 @@ def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
     return real.view(torch.float32), imaginary.view(torch.float32)
 
 
-def _choose(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Bits of `one` where the mask is all ones, else of `other`; torch.where takes 15 times longer
-    on a CPU."""
-    return other ^ ((one ^ other) & mask)
+def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Bits of `a` where the mask is all ones, else of `b`; torch.where takes 15 times longer on a
+    CPU."""
+    return b ^ ((a ^ b) & mask)
 
 
 def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:

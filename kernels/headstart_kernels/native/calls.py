@@ -39,7 +39,7 @@ DIRECT = struct.Struct("@P q 5P 7q")
 GATE = struct.Struct("@P q 2P 2q i")
 """`gate` of gate.h: team, pointers, sizes, type."""
 GROUP_NORM = struct.Struct("@P q 6P 5q 4i f")
-"""`group_norm` of norm.h: team, pointers, sizes, types and what is wanted, epsilon."""
+"""`group_norm` of norm.h: team, pointers, sizes, types, options, epsilon."""
 
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""
@@ -65,11 +65,12 @@ _RETURNS = {"attends": _INT}
 
 
 class Prepared(NamedTuple):
-    """A call of C on memory that is kept: to be made once, or again and again."""
+    """A call of C with its arguments packed, to be made once or many times; `tensors` keeps their
+    memory alive."""
 
     function: Callable[[bytes], None]
     packed: bytes
-    kept: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor | None, ...]
 
     def __call__(self) -> None:
         self.function(self.packed)
@@ -129,16 +130,17 @@ def team_of(threads: int) -> tuple[int, int]:
 def _runtime() -> int:
     """The address of an `openmp` of team.h, or 0 where torch loaded none: one thread, then."""
     try:
-        loaded = ctypes.CDLL(None)
+        process = ctypes.CDLL(None)
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        addresses = [ctypes.cast(getattr(loaded, name), _P).value for name in names]
+        addresses = [ctypes.cast(getattr(process, name), _P).value for name in names]
     except (AttributeError, OSError):
         return 0
-    _KEPT.append((_P * 3)(*addresses))
-    return ctypes.addressof(_KEPT[-1])
+    _OPENMP.append((_P * 3)(*addresses))
+    return ctypes.addressof(_OPENMP[-1])
 
 
-_KEPT: list[ctypes.Array[ctypes.c_void_p]] = []
+_OPENMP: list[ctypes.Array[ctypes.c_void_p]] = []
+"""Keeps alive what `_runtime` gives the address of."""
 
 
 class Operands(NamedTuple):
@@ -167,7 +169,7 @@ def packed_step(operands: Operands, row: Row[float], c_in: float, number: int) -
     batch, count = x.shape[0], x.numel()
     channels = 1 if operands.rgb is None else x.shape[1]
     return STEP.pack(
-        *[0 if tensor is None else tensor.data_ptr() for tensor in operands],
+        *map(address, operands),
         *(*team(count), batch, channels, count // (batch * channels), number),
         TYPES[operands.f_cond.dtype],
         0 if u is None else TYPES[u.dtype],
@@ -183,16 +185,17 @@ def convolved(calls: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tenso
     across, lines = -(-width // TILE), batch * -(-height // TILE)
     wide = -(-inputs // _WIDE) * _WIDE, -(-outputs // PANEL) * PANEL
     runtime, threads = team(PLACES * lines * across * min(wide))
-    each = -(-lines // -(-lines // max(1, BLOCK * min(threads, _SHARING) // across)))
-    rooms = [_floats(PLACES * (each * across * channels + _GAP)) for channels in wide]
+    largest = max(1, BLOCK * min(threads, _SHARING) // across)
+    block_lines = -(-lines // -(-lines // largest))
+    scratch = [_floats(PLACES * (block_lines * across * size + _GAP)) for size in wide]
     form = memory_format(x)
     x, y = x.contiguous(memory_format=form), _floats(batch, outputs, height, width, form=form)
     bias = None if bias is None else bias.contiguous()
     calls.winograd(
         WINOGRAD.pack(
             *(runtime, threads),
-            *(0 if part is None else part.data_ptr() for part in (x, places, bias, y, *rooms)),
-            *(batch, inputs, outputs, height, width, form == torch.channels_last, each),
+            *map(address, (x, places, bias, y, *scratch)),
+            *(batch, inputs, outputs, height, width, form == torch.channels_last, block_lines),
         )
     )
     return y

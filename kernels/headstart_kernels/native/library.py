@@ -1,11 +1,11 @@
-"""The C kernels as a library: compiled once by this machine's C compiler, proven, kept, loaded.
+"""The C kernels as a library: compiled once by this machine's C compiler, checked, cached, loaded.
 
-It is kept under a name made of everything that went into it: the sources, the constants, the flags,
-the compiler and the processor. So another version, or another machine with the same home folder,
-compiles its own. Compiling and proving take 4 CPU s (measured, gcc 12); loading what is kept takes
-1 ms.
+Its name in the cache is a hash of everything that went into it: the sources, the constants, the
+flags, the compiler and the processor. So another version, or another machine with the same home
+folder, compiles its own. Compiling and checking take 4 CPU s (measured, gcc 12); loading a cached
+library takes 1 ms.
 
-Seen to give the bits: gcc 11, gcc 12 and clang for x86-64 with AVX-512, AVX2 and SSE2 (run), gcc 12
+These give the bits: gcc 11, gcc 12 and clang for x86-64 with AVX-512, AVX2 and SSE2 (run), gcc 12
 and clang for aarch64 Linux (run under an emulator). gcc before 9 has no conversion of vectors.
 """
 
@@ -45,9 +45,9 @@ _FREE = ("-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing")
 FLAGS = ("-O3", *_EXACT, *_FREE, "-std=gnu11", "-shared", "-fPIC")
 _TARGETS = (("-march=native",), ())
 """Tried in order: this processor's own instructions, then those of every one of its kind."""
-_PATIENCE_S = 120
+_TIMEOUT_S = 120
 _NEWEST = 16
-"""Libraries that are kept: a home folder may serve several machines and versions."""
+"""Libraries in the cache: a home folder may serve several machines and versions."""
 
 
 class UnavailableError(RuntimeError):
@@ -55,7 +55,7 @@ class UnavailableError(RuntimeError):
 
 
 def library() -> ctypes.CDLL:
-    """The library, compiled if it is not kept yet. Raises UnavailableError."""
+    """The library, compiled if it is not cached yet. Raises UnavailableError."""
     outcome = _outcome()
     if isinstance(outcome, str):
         raise UnavailableError(outcome)
@@ -82,15 +82,15 @@ def fast_products() -> bool:
 
 @cache
 def _outcome() -> ctypes.CDLL | str:
-    """One try a process: what fails once is not tried at every step."""
+    """Tried once a process: what fails once is not tried at every step."""
     try:
-        return _found_or_made()
+        return _load_or_compile()
     except (UnavailableError, OSError, subprocess.SubprocessError) as error:
         log.info("the kernels run in torch and numpy, not in C: %s", error)
         return str(error)
 
 
-def _found_or_made() -> ctypes.CDLL:
+def _load_or_compile() -> ctypes.CDLL:
     if os.environ.get(SWITCH, "1") == "0":
         raise UnavailableError(f"{SWITCH}=0 is set")
     if os.name != "posix":
@@ -102,23 +102,25 @@ def _found_or_made() -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:
-            log.info("made anew, because it is damaged: %s", error)
-    _make(sources, compiler, path)
+            log.info("compiled again, because it is damaged: %s", error)
+    _compile_and_check(sources, compiler, path)
     return ctypes.CDLL(str(path))
 
 
 def _compiler() -> list[str]:
     """The command of the environment's CC, else `cc`."""
-    words = shlex.split(os.environ.get("CC") or "cc")
-    found = shutil.which(words[0])
-    if found is None:
-        raise UnavailableError(f"there is no C compiler {words[0]!r} on the path")
-    return [found, *words[1:]]
+    name, *options = shlex.split(os.environ.get("CC") or "cc")
+    path = shutil.which(name)
+    if path is None:
+        raise UnavailableError(f"there is no C compiler {name!r} on the path")
+    return [path, *options]
 
 
 def _texts() -> dict[str, str]:
-    here = Path(__file__).parent
-    return {name: (here / name).read_text("utf-8") for name in _SOURCES} | {"philox.h": constants()}
+    folder = Path(__file__).parent
+    return {name: (folder / name).read_text("utf-8") for name in _SOURCES} | {
+        "philox.h": constants()
+    }
 
 
 def constants() -> str:
@@ -161,12 +163,12 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     lines = text.split("\n\n", 1)[0].splitlines()
-    words = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(line for line in lines if line.startswith(words))
+    fields = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(line for line in lines if line.startswith(fields))
 
 
 def _folder() -> Path:
-    """Where libraries are kept: the user's cache, else a folder of their own in the system's /tmp.
+    """The cache of libraries: the user's, else a folder of the user in the system's /tmp.
 
     Nothing is loaded from a folder that somebody else could have written to.
     """
@@ -194,8 +196,8 @@ def _folder() -> Path:
     raise UnavailableError(f"there is nowhere to keep it: {'; '.join(reasons)}")
 
 
-def _make(sources: dict[str, str], compiler: list[str], path: Path) -> None:
-    """Compile, prove the bits, and only then give the library its name."""
+def _compile_and_check(sources: dict[str, str], compiler: list[str], path: Path) -> None:
+    """Compile, compare the bits, and only then give the library its name."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="making-") as scratch:
         for name, text in sources.items():
@@ -213,13 +215,13 @@ def _make(sources: dict[str, str], compiler: list[str], path: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Forget all but the newest libraries, and what was left where compiling was ended."""
+    """Delete all but the newest libraries, and the folders of interrupted compilations."""
     with suppress(OSError):  # another process may do the same
         libraries = sorted(folder.glob("kernels-*.so"), key=lambda path: path.stat().st_mtime)
         for old in libraries[:-_NEWEST]:
             old.unlink()
         for scratch in folder.glob("making-*"):
-            if scratch.stat().st_mtime < time.time() - 10 * _PATIENCE_S:
+            if scratch.stat().st_mtime < time.time() - 10 * _TIMEOUT_S:
                 shutil.rmtree(scratch)
 
 
@@ -228,10 +230,10 @@ def _compile(compiler: list[str], output: Path) -> None:
     for target in _TARGETS:
         files = ("-o", str(output), str(output.with_name("kernels.c")), "-lm")
         command = [*compiler, *FLAGS, *target, *files]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S
+        process = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
         )
-        if done.returncode == 0:
+        if process.returncode == 0:
             return
-        message = f"({done.returncode}): {done.stderr.strip()[-500:]}"
+        message = f"({process.returncode}): {process.stderr.strip()[-500:]}"
     raise UnavailableError(f"{compiler[0]} failed {message}")

@@ -1,9 +1,9 @@
-"""Does a library just compiled give the reference's bits? Asked once, before it is ever used.
+"""Does a newly compiled library give the reference's bits? Checked once, before it is ever used.
 
-A compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum, is found here.
-Every loop that step.h has of its own is taken once. The sums of a convolution may have any order,
-so its numbers are such that none rounds: one channel that is not 0, or few bits in each. An
-attention, a norm and a gate are compared with float64's.
+This detects a compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum.
+Every loop of step.h runs once. The sums of a convolution may have any order, so its numbers are
+such that none rounds: one channel that is not 0, or few bits in each. An attention, a norm and a
+gate are compared with float64's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from headstart_kernels.native.calls import (
     TYPES,
     Calls,
     Operands,
+    address,
     bound,
     convolved,
     has_fused_products,
@@ -78,17 +79,17 @@ class Case(NamedTuple):
 _ALL = Row(0.3, 0.7, -1.9, 0.6, 0.4, -0.2, 7.3, 999.0)
 _EULER = _ALL._replace(add=0.0, carry=0.0)
 _LCM = _ALL._replace(keep=0.0, carry=0.0)
-_ALONE = {"guidance": 1.0}
+_UNGUIDED = {"guidance": 1.0}
 
 CASES = (
     *(Case(f"every term, {str(dtype)[6:]}", _ALL, True, dtype, picture=True) for dtype in TYPES),
     Case("every term, no picture", _ALL, True),
     Case("Euler", _EULER, False),
-    Case("Euler alone", _EULER._replace(**_ALONE), False),
+    Case("Euler alone", _EULER._replace(**_UNGUIDED), False),
     Case("LCM", _LCM, True),
-    Case("LCM alone", _LCM._replace(**_ALONE), True),
+    Case("LCM alone", _LCM._replace(**_UNGUIDED), True),
     Case("LCM, noise given", _LCM, False),
-    Case("LCM alone, noise given", _LCM._replace(**_ALONE), False),
+    Case("LCM alone, noise given", _LCM._replace(**_UNGUIDED), False),
     Case("large", _EULER, False, shape=LARGE),
     Case("large, drawn", _LCM, True, shape=LARGE),
 )
@@ -125,8 +126,8 @@ def _direct(calls: Calls, inputs: int, outputs: int, height: int, width: int, st
     sizes = 1, inputs, outputs, height, width, stride, 1
     calls.direct_room(DIRECT.pack(0, 1, *(0,) * 5, *sizes), ctypes.addressof(room))
     scratch = torch.empty(room.value, dtype=torch.float32, device="cpu")
-    places = (tensor.data_ptr() for tensor in (x, weight, bias, got, scratch))
-    calls.direct(DIRECT.pack(0, 1, *places, *sizes))
+    addresses = map(address, (x, weight, bias, got, scratch))
+    calls.direct(DIRECT.pack(0, 1, *addresses, *sizes))
     return _same(got, expected)
 
 
@@ -155,8 +156,8 @@ def _step(calls: Calls, case: Case) -> bool:
 
 
 def _attention(calls: Calls, dtype: torch.dtype) -> bool:
-    """It has bits of its own: within eight roundings of the largest value, of which a result is a
-    mean, of float64's."""
+    """Its bits differ from torch's: within eight roundings of float64's, relative to the largest
+    value, because a result is a mean of values."""
     if not calls.attends(TYPES[dtype]):
         return True
     tokens = ((3, 117), (4, 205), (5, 205))
@@ -165,8 +166,8 @@ def _attention(calls: Calls, dtype: torch.dtype) -> bool:
     got = torch.empty((2, 117, 2, 24), dtype=dtype, device="cpu")
     calls.attention(packed_attention(q, k, v, values, got))
     exact = reference_attention.attention(q.double(), k.double(), v.double()).transpose(1, 2)
-    wrong = (got - exact).abs().max() / v.abs().max()
-    return bool(wrong <= 8 * torch.finfo(dtype).eps / 2)
+    error = (got - exact).abs().max() / v.abs().max()
+    return bool(error <= 8 * torch.finfo(dtype).eps / 2)
 
 
 def _norm(calls: Calls, dtype: torch.dtype, last: bool) -> bool:
@@ -180,9 +181,9 @@ def _norm(calls: Calls, dtype: torch.dtype, last: bool) -> bool:
     form = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=form)
     got, scratch = torch.empty_like(x), _numbers(1, (2 * 100 * (2 + 3 * 1051),))
-    places = (tensor.data_ptr() for tensor in (x, weight, bias, shift, got, scratch))
+    addresses = map(address, (x, weight, bias, shift, got, scratch))
     sizes, types = (batch, channels, plane, groups, channels), (TYPES[dtype], 0, last, True)
-    calls.group_norm(GROUP_NORM.pack(0, 1, *places, *sizes, *types, 1e-5))
+    calls.group_norm(GROUP_NORM.pack(0, 1, *addresses, *sizes, *types, 1e-5))
     allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 1200 * 2**-24
     return bool(((got - exact).abs() <= allowed).all())
 
@@ -207,8 +208,9 @@ def _outputs(case: Case, line: LinearMap) -> Outputs:
 
 
 def _filled(outputs: Outputs) -> list[Tensor]:
-    filled = [outputs.x_next, outputs.x0, outputs.x_in, outputs.preview and outputs.preview.rgb]
-    return [tensor for tensor in (*filled, outputs.finite) if tensor is not None]
+    rgb = outputs.preview and outputs.preview.rgb
+    tensors = (outputs.x_next, outputs.x0, outputs.x_in, rgb, outputs.finite)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int) -> bool:
@@ -217,18 +219,18 @@ def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int
     largest sum, of absolute values, is 2998 with 12 bits after the point."""
     shape = (batch, inputs, *size)
     numbers = _numbers(1, shape)
-    alone = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    one_channel = torch.zeros(shape, dtype=torch.float32, device="cpu")
     for image in range(batch):
         channel = image * (inputs - 1) // max(1, batch - 1)
-        alone[image, channel] = numbers[image, channel]
-    whole = torch.zeros_like(alone)
-    whole[:, :, 2::TILE, 2::TILE] = numbers[:, :, 2::TILE, 2::TILE].round()
+        one_channel[image, channel] = numbers[image, channel]
+    integers = torch.zeros_like(one_channel)
+    integers[:, :, 2::TILE, 2::TILE] = numbers[:, :, 2::TILE, 2::TILE].round()
     weights = _numbers(2, (PLACES, -(-outputs // PANEL) * PANEL // SLICE, inputs, SLICE))
     bias = _numbers(3, (outputs,))
     reference = reference_winograd.winograd_conv
     return all(
         _same(convolved(calls, x.contiguous(memory_format=form), places, outputs, bias), expected)
-        for x, places in ((alone, weights), (whole, weights.round()))
+        for x, places in ((one_channel, weights), (integers, weights.round()))
         for expected in (reference(x, places, outputs, bias),)
         for form in (torch.contiguous_format, torch.channels_last)
     )
@@ -241,6 +243,5 @@ def _numbers(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    kinds = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    integers = kinds[a.element_size()]
+    integers = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
     return torch.equal(a.view(integers), b.view(integers))

@@ -1,8 +1,8 @@
-"""The memory of a recording, in use again once it was free: what the recorded run took at most.
+"""The memory of a recording, reused once it is free: as much as the recorded run took at most.
 
-While operators are recorded, memory that they made is not held, only noted; so it goes when the run
-lets go of it. Afterwards each piece has its place in one buffer, from the first call that fills it
-to the call before which it was gone. What is still held at the end stays where it is.
+While operators are recorded, memory that they allocate is noted, not kept alive; so it is freed
+when the run frees it. Afterwards each block has an offset in one buffer, from the first call that
+fills it to the call before which it was freed. What is still alive at the end stays where it is.
 """
 
 # torch's storages tell who they are in private names alone.
@@ -24,8 +24,8 @@ _ALIGNED = 64
 
 
 @dataclass(slots=True, eq=False)
-class Piece:
-    """Memory that a recorded operator made; `begin` and `end` count calls."""
+class Block:
+    """Memory that a recorded operator allocated; `begin` and `end` count calls."""
 
     storage: StorageWeakRef
     size: int
@@ -34,18 +34,18 @@ class Piece:
     offset: int = 0
 
 
-class Part(NamedTuple):
-    """A tensor on a piece of memory, without holding it."""
+class View(NamedTuple):
+    """A tensor on a block of memory, without keeping it alive."""
 
-    piece: Piece
+    block: Block
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def outlives(self, call: int) -> bool:
-        """Whether it was still there before this call."""
-        return self.piece.end is None or self.piece.end > call
+        """Whether its memory was still alive before this call."""
+        return self.block.end is None or self.block.end > call
 
     def on(self, storage: torch.UntypedStorage, begin: int) -> Tensor:
         """The same tensor on other memory, from this byte on."""
@@ -55,75 +55,74 @@ class Part(NamedTuple):
 
 
 class Lifetimes:
-    """The pieces of memory of one recording."""
+    """The blocks of memory of one recording."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, Piece] = {}
-        self._alive: list[Piece] = []
-        self._held: dict[Piece, torch.UntypedStorage] = {}
+        self._blocks: dict[int, Block] = {}
+        self._alive: list[Block] = []
+        self._storages: dict[Block, torch.UntypedStorage] = {}
         self._buffer = torch.UntypedStorage(0)
 
     def __contains__(self, storage: int) -> bool:
-        """Whether a storage, by its identity, was made in the recording. A weak reference is held
-        to each, so that no other has its address."""
-        return storage in self._pieces
+        """Whether a storage, by its identity, was allocated in the recording. A weak reference
+        to each stays, so that no other has its address."""
+        return storage in self._blocks
 
     def allocate(self, tensor: Tensor, call: int) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._pieces:
-            piece = Piece(StorageWeakRef(storage), storage.nbytes(), call)
-            self._pieces[storage._cdata] = piece
-            self._alive.append(piece)
+        if storage._cdata not in self._blocks:
+            block = Block(StorageWeakRef(storage), storage.nbytes(), call)
+            self._blocks[storage._cdata] = block
+            self._alive.append(block)
 
     def expire(self, call: int) -> None:
-        """Note what is gone before this call."""
-        for piece in self._alive:
-            if piece.storage.expired():
-                piece.end = call
-        self._alive = [piece for piece in self._alive if piece.end is None]
+        """Note what was freed before this call."""
+        for block in self._alive:
+            if block.storage.expired():
+                block.end = call
+        self._alive = [block for block in self._alive if block.end is None]
 
-    def parts_of(self, tree: Any) -> Any:
-        """Nested arguments, with a Part for every tensor on memory of the recording."""
-        return tree_map_only(Tensor, self._part, tree)
+    def views_of(self, tree: Any) -> Any:
+        """Nested arguments, with a View for every tensor on memory of the recording."""
+        return tree_map_only(Tensor, self._view, tree)
 
-    def _part(self, tensor: Tensor) -> Part | Tensor:
-        piece = self._pieces.get(tensor.untyped_storage()._cdata)
-        if piece is None:
+    def _view(self, tensor: Tensor) -> View | Tensor:
+        block = self._blocks.get(tensor.untyped_storage()._cdata)
+        if block is None:
             return tensor
-        return Part(
-            piece, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
-        )
+        offset = int(tensor.storage_offset())
+        return View(block, tensor.dtype, tensor.size(), tensor.stride(), offset)
 
-    def place(self, calls: int) -> None:
-        """At the end: where each piece lies."""
+    def lay_out(self, calls: int) -> None:
+        """At the end: give each block its offset."""
         self.expire(calls)
-        for piece in self._alive:
-            self._held[piece] = torch.UntypedStorage._new_with_weak_ptr(piece.storage.cdata)
-        size = _lay_out([piece for piece in self._pieces.values() if piece.end is not None])
+        for block in self._alive:
+            self._storages[block] = torch.UntypedStorage._new_with_weak_ptr(block.storage.cdata)
+        size = _set_offsets([block for block in self._blocks.values() if block.end is not None])
         self._buffer = torch.UntypedStorage(size)
 
     def tensors_of(self, tree: Any) -> Any:
-        """Nested arguments with the tensors in place of their Parts."""
-        return tree_map_only(Part, self._tensor, tree, is_leaf=lambda leaf: isinstance(leaf, Part))
+        """Nested arguments with the tensors in place of their Views."""
+        return tree_map_only(View, self._tensor, tree, is_leaf=lambda leaf: isinstance(leaf, View))
 
-    def _tensor(self, part: Part) -> Tensor:
-        storage = self._held.get(part.piece)
-        return part.on(self._buffer, part.piece.offset) if storage is None else part.on(storage, 0)
+    def _tensor(self, view: View) -> Tensor:
+        storage = self._storages.get(view.block)
+        return view.on(self._buffer, view.block.offset) if storage is None else view.on(storage, 0)
 
     def storages(self) -> list[torch.UntypedStorage]:
-        return [self._buffer, *self._held.values()]
+        return [self._buffer, *self._storages.values()]
 
 
-def _lay_out(pieces: list[Piece]) -> int:
-    """Give each piece the smallest gap that it fits into while it is in use; how much all take."""
-    gaps, used, end = list[tuple[int, int]](), list[Piece](), 0
-    for piece in sorted(pieces, key=lambda piece: piece.begin):
-        gone = [old for old in used if old.end is not None and old.end <= piece.begin]
-        used = [old for old in used if old not in gone]
-        gaps = _joined(gaps + [(old.offset, _whole(old.size)) for old in gone])
+def _set_offsets(blocks: list[Block]) -> int:
+    """Give each block the smallest gap that it fits into while it is in use; the size of all."""
+    gaps, used, end = list[tuple[int, int]](), list[Block](), 0
+    for block in sorted(blocks, key=lambda block: block.begin):
+        freed = [old for old in used if old.end is not None and old.end <= block.begin]
+        used = [old for old in used if old not in freed]
+        gaps = _joined(gaps + [(old.offset, _aligned(old.size)) for old in freed])
         if gaps and sum(gaps[-1]) == end:  # what is free at the end is not a gap
             end = gaps.pop()[0]
-        size = _whole(piece.size)
+        size = _aligned(block.size)
         fitting = [gap for gap in gaps if gap[1] >= size]
         if fitting:
             begin, free = min(fitting, key=lambda gap: gap[1])
@@ -131,12 +130,12 @@ def _lay_out(pieces: list[Piece]) -> int:
             gaps += [(begin + size, free - size)] if free > size else []
         else:
             begin, end = end, end + size
-        piece.offset = begin
-        used.append(piece)
-    return max((piece.offset + _whole(piece.size) for piece in pieces), default=0)
+        block.offset = begin
+        used.append(block)
+    return max((block.offset + _aligned(block.size) for block in blocks), default=0)
 
 
-def _whole(size: int) -> int:
+def _aligned(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 

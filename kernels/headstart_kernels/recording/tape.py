@@ -4,10 +4,10 @@
     replay   op.out(in, out=out)     the same operators, in order, into the same storages
 
 As with a CUDA graph, a Python number at recording is that number for ever, a tensor's memory is
-read anew, Python does not run, and what replay leaves in memory of its own is valid until the
-next replay. Memory that the recorded run let go of serves again, so a tape holds what that run took
-at most; views and allocations cost nothing. Recording leaves no trace: memory from outside
-that it wrote to is put back, because capturing a CUDA graph does not run it.
+read again, Python does not run, and results in the tape's memory are valid until the next replay.
+Memory that the recorded run freed is reused, so a tape holds what that run took at most; views and
+allocations cost nothing. Memory from outside that the recording wrote to is restored, because
+capturing a CUDA graph does not run it.
 """
 
 # torch's operator objects and their schemas are not annotated.
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import compress
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -27,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from headstart_kernels.observers import recorded
-from headstart_kernels.ops import again
-from headstart_kernels.recording.lifetimes import Lifetimes, Part
+from headstart_kernels.ops import body_of
+from headstart_kernels.recording.lifetimes import Lifetimes, View
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
@@ -64,7 +65,7 @@ class Tape:
         self.calls: list[Call] = []
         self._pending: list[_Operator] = []
         self._lifetimes = Lifetimes()
-        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._originals: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     @contextmanager
     def recording(self) -> Generator[Self]:
@@ -72,13 +73,13 @@ class Tape:
         try:
             with self.watching():
                 yield self
-            self._lifetimes.place(len(self._pending))
+            self._lifetimes.lay_out(len(self._pending))
             self.calls += map(self._call, self._pending, range(1, len(self._pending) + 1))
         finally:
             self._pending.clear()
-            for storage, before in self._before.values():
-                storage.copy_(before)
-            self._before.clear()
+            for storage, original in self._originals.values():
+                storage.copy_(original)
+            self._originals.clear()
 
     @contextmanager
     def watching(self) -> Generator[None]:
@@ -102,17 +103,17 @@ class Tape:
     def size_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self.storages())
 
-    def made(self, storage: int) -> bool:
-        """Whether a storage, by its identity, was made in the recording."""
+    def allocated(self, storage: int) -> bool:
+        """Whether a storage, by its identity, was allocated in the recording."""
         return storage in self._lifetimes
 
-    def save_before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def save_originals(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember memory from outside that `func` is about to write to."""
-        for tensor in written(func, args, kwargs):
+        for tensor in mutated_args(func, args, kwargs):
             key = storage_of(tensor)
-            if not self.made(key) and key not in self._before:
+            if not self.allocated(key) and key not in self._originals:
                 storage = tensor.untyped_storage()
-                self._before[key] = storage, storage.clone()
+                self._originals[key] = storage, storage.clone()
 
     def keep(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
@@ -122,36 +123,36 @@ class Tape:
         for out in fresh:
             self._lifetimes.allocate(out, len(self._pending))
         if computes(func, fresh):
-            inner = self._lifetimes.parts_of((args, dict(kwargs), result))
-            new = {id(out) for out in fresh}
-            which = [id(leaf) in new for leaf in tree_iter(result)]
-            self._pending.append(_Operator(name_of(func), func, inner, which))
+            operands = self._lifetimes.views_of((args, dict(kwargs), result))
+            fresh_ids = {id(out) for out in fresh}
+            is_fresh = [id(leaf) in fresh_ids for leaf in tree_iter(result)]
+            self._pending.append(_Operator(name_of(func), func, operands, is_fresh))
 
     def expire(self) -> None:
-        """Before an operator: what of the recorded run is gone by now."""
+        """Before an operator: note what the recorded run has freed."""
         self._lifetimes.expire(len(self._pending))
 
-    def _call(self, call: _Operator, following: int) -> Call:
-        """To run again; `following`: the number of the next one."""
-        args, kwargs, result = self._lifetimes.tensors_of(call.operands)
-        fresh = [out for out, new in zip(tree_iter(result), call.fresh, strict=True) if new]
-        parts = tree_iter(call.operands[2], is_leaf=lambda leaf: isinstance(leaf, Part))
-        read = [
+    def _call(self, operator: _Operator, following: int) -> Call:
+        """An operator as it runs again; `following`: the number of the next one."""
+        args, kwargs, result = self._lifetimes.tensors_of(operator.operands)
+        fresh = list(compress(tree_iter(result), operator.is_fresh))
+        views = tree_iter(operator.operands[2], is_leaf=lambda leaf: isinstance(leaf, View))
+        used = [
             out
-            for out, part in zip(tree_iter(result), parts, strict=True)
-            if isinstance(part, Part) and part.outlives(following)
+            for out, view in zip(tree_iter(result), views, strict=True)
+            if isinstance(view, View) and view.outlives(following)
         ]
-        return Call(call.name, again_into(call.func, args, kwargs, result, fresh, read))
+        return Call(operator.name, rerun_into(operator.func, args, kwargs, result, fresh, used))
 
 
 class _Operator(NamedTuple):
-    """An operator that ran. `operands`: its arguments and results without their memory; `fresh`:
-    which of the results are new."""
+    """An operator that ran. `operands`: its arguments and results without their memory; `is_fresh`
+    of each result: whether its memory is new."""
 
     name: str
     func: Any
     operands: tuple[tuple[Any, ...], dict[str, Any], Any]
-    fresh: list[bool]
+    is_fresh: list[bool]
 
 
 class Recording(TorchDispatchMode):
@@ -173,7 +174,7 @@ class Recording(TorchDispatchMode):
             return func(*args, **kwargs)
         refuse_waiting(func, args)
         self.tape.expire()
-        self.tape.save_before(func, args, kwargs)
+        self.tape.save_originals(func, args, kwargs)
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)
         return result
@@ -219,13 +220,13 @@ def leaves(tree: object) -> list[object]:
     of the time of an emulated run.
     """
     items: list[object] = []
-    waiting = [tree]
-    while waiting:
-        last = waiting.pop()
+    stack = [tree]
+    while stack:
+        last = stack.pop()
         if isinstance(last, (tuple, list)):
-            waiting.extend(reversed(cast("Sequence[object]", last)))
+            stack.extend(reversed(cast("Sequence[object]", last)))
         elif isinstance(last, dict):
-            waiting.extend(reversed(cast("dict[object, object]", last).values()))
+            stack.extend(reversed(cast("dict[object, object]", last).values()))
         else:
             items.append(last)
     return items
@@ -250,7 +251,7 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+def mutated_args(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
     """The arguments that an operator writes to, by its schema."""
     for position, name in _writes(func):
         yield from tensors(args[position] if position < len(args) else kwargs.get(name))
@@ -258,7 +259,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iter
 
 @cache
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
-    """Place and name of each argument that it writes to."""
+    """Position and name of each argument that it writes to."""
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
@@ -266,45 +267,45 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-def again_into(
+def rerun_into(
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     result: object,
     fresh: list[Tensor],
-    read: list[Tensor] | None = None,
+    used: list[Tensor] | None = None,
 ) -> Callable[[], object]:
-    """Run `func` again so that its results land in the memory they had when it was recorded;
-    `read`: those that somebody may look at, by default all."""
-    if not fresh:  # of ours the body: what makes an operator of it costs 20 to 95 us a call
+    """`func` with its results in the memory that they had when it was recorded; `used`: those that
+    may be read later, by default all."""
+    if not fresh:  # of our operators the body: the operator around it costs 20 to 95 us a call
         if func.namespace == _OURS:
-            return again(name_of(func), args, kwargs)
+            return body_of(name_of(func), args, kwargs)
         return partial(func, *args, **kwargs)
     if func in _COPIES:
         return partial(_ATEN.copy_.default, fresh[0], args[0])
     out = None if func._schema.is_mutable else _out_variant(func)
-    places = leaves(result)
-    if out is not None and len(out.names) == len(places) == len(fresh):
-        return partial(out.func, *args, **kwargs, **dict(zip(out.names, places, strict=True)))
-    filled = {id(out) for out in fresh} & {id(out) for out in (fresh if read is None else read)}
-    copied = [(i, cast("Tensor", out)) for i, out in enumerate(places) if id(out) in filled]
-    return partial(_rerun, func, args, kwargs, copied)
+    results = leaves(result)
+    if out is not None and len(out.names) == len(results) == len(fresh):
+        return partial(out.func, *args, **kwargs, **dict(zip(out.names, results, strict=True)))
+    ids = {id(out) for out in fresh} & {id(out) for out in (fresh if used is None else used)}
+    targets = [(i, cast("Tensor", out)) for i, out in enumerate(results) if id(out) in ids]
+    return partial(_rerun_and_copy, func, args, kwargs, targets)
 
 
-def _rerun(
+def _rerun_and_copy(
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    places: Sequence[tuple[int, Tensor]],
+    targets: Sequence[tuple[int, Tensor]],
 ) -> None:
-    """Run an operator that makes its own memory, and copy what it made to its places."""
-    again = func(*args, **kwargs)
-    if isinstance(again, Tensor):
-        again = (again,)
-    elif any(isinstance(value, list | tuple) for value in again):
-        again = list(tree_iter(again))
-    for i, place in places:
-        place.copy_(again[i])
+    """Run an operator that allocates its results, and copy those with an index in `targets`."""
+    results = func(*args, **kwargs)
+    if isinstance(results, Tensor):
+        results = (results,)
+    elif any(isinstance(value, list | tuple) for value in results):
+        results = list(tree_iter(results))
+    for i, target in targets:
+        target.copy_(results[i])
 
 
 class _Out(NamedTuple):
@@ -314,7 +315,7 @@ class _Out(NamedTuple):
 
 @cache
 def _out_variant(func: Any) -> _Out | None:
-    """The overload of an operator that writes to tensors it is given, if there is one."""
+    """The overload of an operator with `out` arguments, if there is one."""
     packet, expected = func.overloadpacket, _signature(func)
     for overload in packet.overloads():
         variant = getattr(packet, overload)

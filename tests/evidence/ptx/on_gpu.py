@@ -33,7 +33,7 @@ def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
 
     with ExitStack() as stack:
         gpu = stack.enter_context(emulated(arch))
-        stack.enter_context(mock.patch.dict(trial._known, clear=True))  # pyright: ignore
+        stack.enter_context(mock.patch.dict(trial._reasons, clear=True))  # pyright: ignore
         stack.enter_context(mock.patch.object(trial, "_disable_current_modes", _disabled))
         for module in (dispatch, api, layers):
             stack.enter_context(mock.patch.object(module, "stands_in", stands_in))
