@@ -15,7 +15,7 @@ from test_processes import heard, with_scheduler
 import headstart as hs
 import headstart_weights
 from headstart.cli import main
-from headstart.engine.models import Model, distilled_by, swapped
+from headstart.engine.models import Model, distilled_by, swap_note
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 
@@ -89,12 +89,12 @@ def test_swapped_files_are_named_as_swapped(sdxl: Path, tmp_path: Path) -> None:
     plain = Made.of("sdxl", 2).write("bare", tmp_path / "my_own_model")
     right = {"base": Model.of(plain), "distilled": Model.of(student)}
     wrong = {"base": Model.of(student), "distilled": Model.of(plain)}
-    line = swapped(wrong, None)
+    line = swap_note(wrong, None)
     assert line is not None and "the base is taken for DMD2" in line and "swapped?" in line
-    assert swapped(right, None) is None
-    assert swapped({"base": Model.of(student)}, None) is None
+    assert swap_note(right, None) is None
+    assert swap_note({"base": Model.of(student)}, None) is None
     both = {"base": Model.of(student), "distilled": Model.of(student)}
-    assert swapped(both, None) is None  # a student of a student says what it is
+    assert swap_note(both, None) is None  # a student of a student says what it is
 
 
 def test_a_lora_named_for_nothing_is_swapped_too_where_its_base_is_a_student(
@@ -102,9 +102,9 @@ def test_a_lora_named_for_nothing_is_swapped_too_where_its_base_is_a_student(
 ) -> None:
     student = Made.of("sdxl", 1).write("bare", tmp_path / "dmd2_sdxl_4step_unet")
     models = {"base": Model.of(student)}
-    assert swapped(models, distilled_by(lora, models)) is None
+    assert swap_note(models, distilled_by(lora, models)) is None
     unnamed = lora.rename(tmp_path / "style.safetensors")
-    assert swapped(models, distilled_by(unnamed, models)) is not None
+    assert swap_note(models, distilled_by(unnamed, models)) is not None
 
 
 def test_a_one_step_student_is_run_by_its_hybrid(sdxl: Path, tmp_path: Path) -> None:

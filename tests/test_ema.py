@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.checkpoint.tensors import Checkpoint
-from headstart.engine.models import Model, averaged
+from headstart.engine.models import Model, choose_averages
 from headstart.errors import CheckpointError
 from headstart.networks.load import load_unet, widened_bytes
 from headstart.networks.unet import UNet
@@ -121,10 +121,10 @@ def test_of_a_pair_the_models_that_have_averages_give_them(tmp_path: Path, train
     path, _ = full(tmp_path / "full.safetensors", trained)
     bare = single_file(trained, random_vae(), tmp_path / "bare.safetensors")
     models = {"base": Model.of(path), "distilled": Model.of(bare)}
-    assert averaged(models, True).of == {"base": True, "distilled": None}
-    assert averaged(models, False).of == {"base": False, "distilled": False}
-    (note,) = averaged(models, None).notes
+    assert choose_averages(models, True).of == {"base": True, "distilled": None}
+    assert choose_averages(models, False).of == {"base": False, "distilled": False}
+    (note,) = choose_averages(models, None).notes
     assert note.startswith("base: there are trained weights and their average")
-    assert averaged({"base": models["distilled"]}, None) == ({"base": None}, ())
+    assert choose_averages({"base": models["distilled"]}, None) == ({"base": None}, ())
     with pytest.raises(CheckpointError, match=r"ema=True \(--ema\), and .*bare.* has no averaged"):
-        averaged({"base": models["distilled"]}, True)
+        choose_averages({"base": models["distilled"]}, True)

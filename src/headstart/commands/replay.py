@@ -44,10 +44,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.engine.rerun import check_own, open_source, replay
+    from headstart.engine.rerun import check_tensors, open_source, replay
 
     recorded = open_source(args.record).recorded
-    check_own(recorded, [])
+    check_tensors(recorded, [])
     if args.out is not None:
         height, width = recorded.size
         count = len(recorded.seeds) if recorded.position is None else 1

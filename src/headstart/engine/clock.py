@@ -21,9 +21,9 @@ class _Span(NamedTuple):
 class Clock:
     """Spans of one request: wall time on a CPU, CUDA events on a GPU.
 
-    Nothing waits for the device until `totals`, and every run has a clock of its own, so runs of
-    several threads are told apart. A stage may run on another device than the run: its events are
-    of that device, on the stream that is current there.
+    Nothing waits for the device until `totals`. Every run has its own clock, so those of several
+    threads do not mix. A stage may run on another device than the run: its events are of that
+    device, on the stream that is current there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,10 +39,10 @@ class Clock:
 
     def totals(self, stages: Iterable[str] = ()) -> dict[str, float]:
         """Milliseconds a stage; `stages` come first, at 0 where nothing ran."""
-        found = dict.fromkeys(stages, 0.0)
+        totals = dict.fromkeys(stages, 0.0)
         for stage, start, end in self._spans:
-            found[stage] = found.get(stage, 0.0) + _elapsed_ms(start, end)
-        return found
+            totals[stage] = totals.get(stage, 0.0) + _elapsed_ms(start, end)
+        return totals
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:

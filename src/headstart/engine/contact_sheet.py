@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
+from headstart.diversify.method import Images
 from headstart.errors import counted
 from headstart.pictures.lettering import FAINT
 from headstart.pictures.sheet import Row, draw_sheet
@@ -21,26 +22,24 @@ def draw_contact_sheet(
     Columns have seeds above them where all prompts have the same ones; otherwise each row says its
     own. More than 8 columns wrap inside their row.
     """
-    rows: dict[str, list[int]] = {}
-    for image, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(image)
-    each = [tuple(seeds[image] for image in own) for own in rows.values()]
-    across = max(map(len, each))
-    same = len(set(each)) == 1
-    noted = not same or across > 8  # then no label stands above a column
+    rows = Images(tuple(prompts), tuple(seeds)).by_prompt
+    by_row = [tuple(seeds[image] for image in numbers) for numbers in rows.values()]
+    across = max(map(len, by_row))
+    same = len(set(by_row)) == 1
+    has_notes = not same or across > 8  # then no label stands above a column
     return draw_sheet(
         [
             Row(
                 name=prompt,
-                images=_cells(images[own], across),
-                notes=(f"seed{'s' * (len(of) > 1)} {_ranges(of)}",) if noted else (),
+                images=_cells(images[numbers], across),
+                notes=(f"seed{'s' * (len(own) > 1)} {_ranges(own)}",) if has_notes else (),
             )
-            for (prompt, own), of in zip(rows.items(), each, strict=True)
+            for (prompt, numbers), own in zip(rows.items(), by_row, strict=True)
         ],
         title=prompts[0] if len(rows) == 1 else f"{len(rows)} prompts",
         subtitle=f"plan {plan} · {counted(len(images), 'image')} of {images.shape[2]} x "
         f"{images.shape[1]}",
-        columns=[f"seed {seed}" for seed in each[0]] if same else [""] * across,
+        columns=[f"seed {seed}" for seed in by_row[0]] if same else [""] * across,
         footer="",
     )
 

@@ -61,8 +61,8 @@ class DenoisingLoop:
     def states(self, resume: State | None = None) -> Iterator[State]:
         request, residency = self.request, self.weights.residency
         cond, uncond = self.conds
-        left = request.table.steps[0 if resume is None else resume.step + 1 :]
-        residency.prefetch(dict.fromkeys(step.model for step in left))
+        steps = request.table.steps[0 if resume is None else resume.step + 1 :]
+        residency.prefetch(dict.fromkeys(step.model for step in steps))
         select = select_of(request.methods)
         if select is not None:
             resume = self._selected(select, cond, uncond)
@@ -77,9 +77,9 @@ class DenoisingLoop:
         strengths = None if request.strengths is None else request.strengths[:, owners]
         uncond = None if uncond is None else uncond[rows]
         first = next(self._rows(candidates, cond[rows], uncond, strengths, check="each"))
-        chosen = select.choose(first.x0, candidates, request.images)
-        self.images = candidates[chosen]
-        rows = torch.tensor(chosen, device=first.x.device)
+        winners = select.choose(first.x0, candidates, request.images)
+        self.images = candidates[winners]
+        rows = torch.tensor(winners, device=first.x.device)
         rgb = None if first.rgb is None else first.rgb[rows]
         return State(first.step, first.x[rows], first.x0[rows], rgb)
 
@@ -113,18 +113,18 @@ class DenoisingLoop:
             before_row=position.begin if methods else None,
         )  # fmt: skip
         steps = table.steps[0 if resume is None else resume.step + 1 :]
-        states, device = None, None
+        states, current = None, None
         for index, step in enumerate(steps):
-            here = residency.device(step.model)
-            with self.clock(step.model, here or device_of(denoisers[step.model])):
-                if states is None or here != device:  # at the start, and where the device changes
-                    states, device = begin(**self._moved(here, cond, uncond, resume)), here
+            device = residency.device(step.model)
+            with self.clock(step.model, device or device_of(denoisers[step.model])):
+                if states is None or device != current:  # at the start, and on another device
+                    states, current = begin(**self._inputs(device, cond, uncond, resume)), device
                 resume = state = next(states)
-            residency.prefetch(dict.fromkeys(own.model for own in steps[index + 1 :]))
+            residency.prefetch(dict.fromkeys(later.model for later in steps[index + 1 :]))
             yield state
         residency.end_run(table.models)
 
-    def _moved(
+    def _inputs(
         self, device: torch.device | None, cond: Cond, uncond: Cond | None, resume: State | None
     ) -> dict[str, Any]:
         """The inputs of a run, on the device of its next rows."""

@@ -28,13 +28,13 @@ def choose_devices(option: Device, models: Sequence[str]) -> dict[str, torch.dev
             f"device: expected one for all, or one for each of {', '.join(models)}, of which each "
             f"has a UNet of its own, got {dict(option)!r:.80}"
         )
-    found = {model: choose_device(option[model]) for model in models}
-    if len({device.type for device in found.values()}) > 1:
+    devices = {model: choose_device(option[model]) for model in models}
+    if len({device.type for device in devices.values()}) > 1:
         raise InputError(
             f"device {dict(option)!r:.80}: both models run on one kind of device, because a runner "
             "and a dtype serve both: give two GPUs, or one device"
         )
-    return {"text": found[models[0]], **found, "vae": found[models[-1]]}
+    return {"text": devices[models[0]], **devices, "vae": devices[models[-1]]}
 
 
 def first_device(option: Device) -> torch.device:

@@ -50,8 +50,8 @@ class Identity(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> Identity:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    def of(cls, stat: os.stat_result) -> Identity:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 def cache_folder() -> Path | None:
@@ -80,15 +80,15 @@ def digest(path: Path, *, least: int = LEAST) -> str:
         return _read_through(path)
     file = folder / "digests.json"
     if (entry := _entries(file).get(name)) is not None:
-        found = str(entry.pop("sha256"))
-        if entry == identity._asdict() and _DIGEST.fullmatch(found):
-            return found
-    begun = time.time_ns()
-    found = _read_through(path)
-    settled = max(identity.mtime_ns, identity.ctime_ns) < begun - RACY_NS
-    if settled and Identity.of(path.stat()) == identity:
-        _store(file, name, {**identity._asdict(), "sha256": found})
-    return found
+        sha256 = str(entry.pop("sha256"))
+        if entry == identity._asdict() and _DIGEST.fullmatch(sha256):
+            return sha256
+    start = time.time_ns()
+    sha256 = _read_through(path)
+    is_settled = max(identity.mtime_ns, identity.ctime_ns) < start - RACY_NS
+    if is_settled and Identity.of(path.stat()) == identity:
+        _store(file, name, {**identity._asdict(), "sha256": sha256})
+    return sha256
 
 
 def _read_through(path: Path) -> str:
@@ -101,12 +101,12 @@ def _entries(file: Path) -> dict[str, dict[str, Any]]:
     if not file.is_file():  # a pipe would have the reader wait
         return {}
     try:
-        found: Any = read(file.read_bytes())
+        content: Any = read(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    if misfit(found, _SHAPE) is not None or found["format"] != FORMAT:
+    if misfit(content, _SHAPE) is not None or content["format"] != FORMAT:
         return {}
-    return found["files"]
+    return content["files"]
 
 
 def _store(file: Path, path: str, entry: dict[str, Any]) -> None:

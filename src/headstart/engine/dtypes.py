@@ -65,10 +65,8 @@ def choose_precision(
         return Precision(dtype, packed)  # the loaders say why a network cannot be packed
     free = available_bytes(device)
     limit = None if free is None else SAFE_SHARE * free
-    if packed is not False:
-        found = _packed(dtype, packed, sources, limit)
-        if found is not None:
-            return found
+    if packed is not False and (precision := _packed(dtype, packed, sources, limit)) is not None:
+        return precision
     return _unpacked(dtype, sources.parts.values(), limit, free)
 
 
@@ -101,7 +99,7 @@ def _packed(
 
 
 def _recommendation(dtype: torch.dtype | None, need: int) -> str | None:
-    """A line about bfloat16, where the caller chose no dtype and the processor gains by it."""
+    """A line about bfloat16, where the option is "auto" and the processor gains by it."""
     if dtype is not None or need < _LARGE or not computes_bfloat16():
         return None
     if unpackable(torch.bfloat16) is not None or (cost := bfloat16_cost()) > _GAINS:

@@ -105,8 +105,8 @@ class Engine:
         InputError for a device, dtype or runner that does not exist.
         """
         check_keywords(cls.load, options, LoadOptions.__annotations__)
-        chosen = choose_runner(runner, first_device(options.get("device", "auto"))).name
-        engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), chosen)
+        runner = choose_runner(runner, first_device(options.get("device", "auto"))).name
+        engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), runner)
         if distilled_lora is not None:
             engine.adapters.attach_distilled(distilled_lora)
         return engine
@@ -125,12 +125,12 @@ class Engine:
         embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
-        chosen = choose_runner(runner, first_device(device)).name
+        runner = choose_runner(runner, first_device(device)).name
         pair = load_demo(
             device=device, memory=memory, dtype=dtype, vae_dtype=vae_dtype, packed=packed,
             embeddings=embeddings,
         )  # fmt: skip
-        return cls(pair, chosen)
+        return cls(pair, runner)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -178,11 +178,10 @@ class Engine:
 
         Raises InputError for a style or a layer that the text encoders do not have.
         """
-        how = {"style": check_style(style), "clip_skip": check_clip_skip(clip_skip, self.text)}
+        options = {"style": check_style(style), "clip_skip": check_clip_skip(clip_skip, self.text)}
+        reading = {name: value for name, value in options.items() if value not in (None, "plain")}
         other = copy(self)
-        object.__setattr__(
-            other, "reading", {n: v for n, v in how.items() if v not in (None, "plain")}
-        )
+        object.__setattr__(other, "reading", reading)
         return other
 
     def attach(
@@ -260,8 +259,8 @@ class Engine:
                         `headstart.diversify.methods` has them all. Some act across the images of
                         each prompt of the call; an image does not depend on the other prompts
         on_step         called with each State, such as a `headstart.Preview`; raise in it to
-                        cancel. One with a method `rows` is told their number where all are one
-                        launch (runner="trajectory"), which any other on_step makes run row by row
+                        cancel. Where all rows are one launch (runner="trajectory") its method
+                        `rows` gets their number; without that method the run goes row by row
         options         negative=, size=, adapters=, style=, clip_skip=, second=, cond=, noise= and
                         more: `headstart.engine.options.SampleOptions` has them all
 
@@ -271,12 +270,12 @@ class Engine:
         clock = Clock(self.device)
         if check := getattr(on_step, "check_space", None):  # a preview's decoder has a family too
             check(self.weights.lineage)
-        run = self._prepared(
+        request = self._prepared(
             self.sample, prompts, options, plan=plan, seeds=seeds, batch=batch, diversify=diversify,
             keep_x0=keep_x0,
         )  # fmt: skip
         picture = getattr(on_step, "picture", None)
-        loop = DenoisingLoop(self.weights, self.runner, run, clock, picture)
+        loop = DenoisingLoop(self.weights, self.runner, request, clock, picture)
         return execute(loop, keep_x0=keep_x0, on_step=on_step)
 
     def iterate(
@@ -298,11 +297,11 @@ class Engine:
 
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
-        run = self._prepared(
+        request = self._prepared(
             self.iterate, prompts, options, plan=plan, seeds=seeds, batch=batch,
             diversify=diversify, resume=resume,
         )  # fmt: skip
-        return DenoisingLoop(self.weights, self.runner, run, Clock(self.device)).states(resume)
+        return DenoisingLoop(self.weights, self.runner, request, Clock(self.device)).states(resume)
 
     def begin(
         self,
@@ -313,13 +312,13 @@ class Engine:
         **options: Unpack[SampleOptions],
     ) -> Run:
         """The same run without its networks, for `batch`."""
-        run = self._prepared(self.begin, prompts, options, plan=plan, seeds=seeds)
-        cond, uncond = encode(self.weights, run)
+        request = self._prepared(self.begin, prompts, options, plan=plan, seeds=seeds)
+        cond, uncond = encode(self.weights, request)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
-        noise = Philox.shared(run.images.seeds) if run.noise is None else run.noise
+        noise = Philox.shared(request.images.seeds) if request.noise is None else request.noise
         return Run(
-            run.table, cond, noise_on(self.device, noise), uncond=uncond, shape=run.latent,
-            strengths=run.strengths, dtypes=dtypes,
+            request.table, cond, noise_on(self.device, noise), uncond=uncond, shape=request.latent,
+            strengths=request.strengths, dtypes=dtypes,
         )  # fmt: skip
 
     def _prepared(

@@ -53,21 +53,21 @@ class Output(NamedTuple):
 def execute(loop: DenoisingLoop, *, keep_x0: bool = False, on_step: OnStep = None) -> Trajectory:
     """Run a loop, once. Raises InputError for a network or a decoder that gives NaN or infinity."""
     output = _output(loop, keep_x0, on_step)
-    run, weights = loop.request, loop.weights
+    request, weights = loop.request, loop.weights
     return Trajectory(
         rgb=output.rgb,
         latents=output.latents,
         x0=output.x0,
-        table=run.table,
+        table=request.table,
         latency_ms=loop.clock.totals(("text", "base", "distilled", "decode")),
-        prompts=run.images.prompts,
-        seeds=run.images.seeds,
-        negative=compact(run.texts.negative),
-        size=run.size,
-        chunk=run.chunks.networks,
+        prompts=request.images.prompts,
+        seeds=request.images.seeds,
+        negative=compact(request.texts.negative),
+        size=request.size,
+        chunk=request.chunks.networks,
         lineage=weights.lineage,
-        files={**weights.files, **run.adapters.files()},
-        adapters=run.adapters.describe(run.acts),
+        files={**weights.files, **request.adapters.files()},
+        adapters=request.adapters.describe(request.acts),
         machine=machine(
             weights.device,
             "float8" if weights.float8 else weights.dtype,
@@ -79,12 +79,12 @@ def execute(loop: DenoisingLoop, *, keep_x0: bool = False, on_step: OnStep = Non
             weights.vae_dtype,
             weights.packed,
         ),
-        diversify=run.methods,
-        chosen=loop.images.seeds if select_of(run.methods) else None,
-        reading=run.texts.reading,
-        given=run.inputs.digests,
-        decode=run.chunks.decode_chunks,
-        tokens=run.tokens,
+        diversify=request.methods,
+        chosen=loop.images.seeds if select_of(request.methods) else None,
+        reading=request.texts.reading,
+        given=request.inputs.digests,
+        decode=request.chunks.decode_chunks,
+        tokens=request.tokens,
     )
 
 
@@ -92,9 +92,9 @@ def _output(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
     if loop.runner == "trajectory":
         why = by_rows(loop, on_step)
         if why is None:
-            return _launched(loop, keep_x0, on_step)
+            return _run_launches(loop, keep_x0, on_step)
         _LOG.info("runner trajectory: row by row, because %s", why)
-    return _in_turn(loop, keep_x0, on_step)
+    return _run_rows(loop, keep_x0, on_step)
 
 
 def by_rows(loop: DenoisingLoop, on_step: OnStep = None) -> str | None:
@@ -102,17 +102,17 @@ def by_rows(loop: DenoisingLoop, on_step: OnStep = None) -> str | None:
     request, weights = loop.request, loop.weights
     networks = {model: weights.denoisers[model] for model in request.table.models}
     between = (ChangesConditioning, ChangesOutput, Select)
-    acting = [str(method) for method in request.methods if isinstance(method, between)]
-    if acting:
-        return f"diversify {', '.join(acting)} acts between rows"
+    methods = [str(method) for method in request.methods if isinstance(method, between)]
+    if methods:
+        return f"diversify {', '.join(methods)} acts between rows"
     if on_step is not None and not hasattr(on_step, "rows"):
         return "on_step looks at each"
     if any(isinstance(part, ByLevel) for part in loop.conds):
         return "their conditioning changes with the level"
     if any(isinstance(network, X0Denoiser) for network in networks.values()):
         return "a network answers with x0"
-    used = *networks.values(), weights.vae
-    devices = {device_of(network) or weights.device for network in used}
+    modules = *networks.values(), weights.vae
+    devices = {device_of(network) or weights.device for network in modules}
     if len(devices) > 1:
         return f"the networks are on {', '.join(sorted(map(str, devices)))}"
     if weights.residency.arenas:
@@ -122,7 +122,7 @@ def by_rows(loop: DenoisingLoop, on_step: OnStep = None) -> str | None:
     return None
 
 
-def _in_turn(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
+def _run_rows(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
     x0_rows: list[Tensor] = []
     state: State | None = None
     for state in loop.states():
@@ -134,18 +134,18 @@ def _in_turn(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
     with loop.clock("decode", loop.weights.residency.device("vae")):
         latents = final_latents(loop.request.table, state.x)
         latents = latents.to(loop.weights.residency.device("vae") or latents.device)
-        rgb = _decoded(loop, latents)
+        rgb = _decode(loop, latents)
     x0 = torch.stack([x0.to(latents.device) for x0 in x0_rows]) if keep_x0 else None
     return Output(rgb, latents, x0)
 
 
-def _decoded(loop: DenoisingLoop, latents: Tensor) -> Tensor:
-    weights, request, drawn = loop.weights, loop.request, loop.images.seeds
+def _decode(loop: DenoisingLoop, latents: Tensor) -> Tensor:
+    weights, request, seeds = loop.weights, loop.request, loop.images.seeds
     dtype, (_, chunk, bands) = weights.vae_dtype, request.chunks
-    return decode_rgb(weights.vae, latents, dtype=dtype, chunk=chunk, seeds=drawn, bands=bands)
+    return decode_rgb(weights.vae, latents, dtype=dtype, chunk=chunk, seeds=seeds, bands=bands)
 
 
-def _launched(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
+def _run_launches(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
     """The time of a launch counts as that of its last row's model, since it cannot be divided.
 
     More images than fit at once are several launches.
@@ -154,13 +154,13 @@ def _launched(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
     request, table = loop.request, loop.request.table
     with loop.clock(table[-1].model):
         parts = list(_launches(loop, keep_x0))
-    outcome = parts[0] if len(parts) == 1 else _together(parts)
+    outcome = parts[0] if len(parts) == 1 else _concatenate(parts)
     for number, (step, finite) in enumerate(zip(table, outcome.finite_rows.cpu(), strict=True)):
         require_finite(number, step.model, finite)
     latents, rgb = final_latents(table, outcome.latents), outcome.rgb
     if not bool(outcome.finite_pixels.all()):
         with loop.clock("decode"):  # in float32 where float16 overflowed, or an error with seeds
-            rgb = _decoded(loop, latents)
+            rgb = _decode(loop, latents)
     if on_step is not None:
         rows = cast("Callable[[int], object]", on_step.rows)  # pyright: ignore
         rows(len(table))
@@ -190,7 +190,7 @@ def _launches(loop: DenoisingLoop, keep_x0: bool) -> Iterator[Outcome]:
         )  # fmt: skip
 
 
-def _together(parts: Sequence[Outcome]) -> Outcome:
+def _concatenate(parts: Sequence[Outcome]) -> Outcome:
     """The batch is the first axis, or the second where rows are the first."""
     by_row = ("x0", "previews", "finite_rows")
     return Outcome(
@@ -204,24 +204,24 @@ def _together(parts: Sequence[Outcome]) -> Outcome:
 class _Part(NamedTuple):
     """The noise of some of the images."""
 
-    whole: NoiseSource
+    noise: NoiseSource
     images: slice
 
     def __len__(self) -> int:
-        return len(range(len(self.whole))[self.images])
+        return len(range(len(self.noise))[self.images])
 
     @property
     def rows(self) -> Philox | None:
-        keys = keys_of(self.whole)
+        keys = keys_of(self.noise)
         if keys is None:
             return None
         return Philox.shared(keys.seeds[self.images], keys.samples[self.images])
 
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.whole.initial(shape, device)[self.images]
+        return self.noise.initial(shape, device)[self.images]
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.whole.step(index, shape, device)[self.images]
+        return self.noise.step(index, shape, device)[self.images]
 
 
 def _part(noise: NoiseSource, images: slice) -> NoiseSource:

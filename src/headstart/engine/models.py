@@ -110,22 +110,22 @@ def predictions(option: Predictions | None, models: Mapping[str, Model]) -> dict
     }
 
 
-def schedules(models: Mapping[str, Model], known: Mapping[str, Prediction]) -> dict[str, Process]:
-    """Role -> the noise schedule that it was trained on; `known`: what each network predicts.
+def schedules(models: Mapping[str, Model], kinds: Mapping[str, Prediction]) -> dict[str, Process]:
+    """Role -> the noise schedule that it was trained on; `kinds`: what each network predicts.
 
     A distilled file that states none has its base's where it may have been made from this base: it
     predicts the same, and is no published student, which all were trained on the family's own.
     """
-    found: dict[str, Process] = {role: model.family.schedule for role, model in models.items()}
+    processes: dict[str, Process] = {role: model.family.schedule for role, model in models.items()}
     if len(models) == 2 and not models["distilled"].states("schedule"):
-        distilled, prediction = models["distilled"], known["distilled"]
+        distilled, prediction = models["distilled"], kinds["distilled"]
         published = distilled.guess.preset is not None and prediction is distilled.prediction
-        if known["base"] is prediction and not published:
-            found["distilled"] = found["base"]
-    for role, prediction in known.items():  # from the option, or from the file's name
+        if kinds["base"] is prediction and not published:
+            processes["distilled"] = processes["base"]
+    for role, prediction in kinds.items():  # from the option, or from the file's name
         if not models[role].states("schedule"):
-            found[role] = _USUAL.get(prediction, found[role])
-    return found
+            processes[role] = _USUAL.get(prediction, processes[role])
+    return processes
 
 
 _USUAL: Mapping[Prediction, Process] = {
@@ -137,11 +137,11 @@ _USUAL: Mapping[Prediction, Process] = {
 numbers, CosXL's (its config in Stability's generative-models)."""
 
 
-def two_schedules(found: Mapping[str, Process]) -> str | None:
-    """A line for a person where the models have noise schedules of their own."""
-    if len({own.fingerprint() for own in found.values()}) < 2:
+def two_schedules(processes: Mapping[str, Process]) -> str | None:
+    """A line for a person where the models have different noise schedules."""
+    if len({process.fingerprint() for process in processes.values()}) < 2:
         return None
-    ranges = [f"the {role}'s up to sigma {own.highest[1]:.4g}" for role, own in found.items()]
+    ranges = [f"the {role}'s up to sigma {p.highest[1]:.4g}" for role, p in processes.items()]
     return f"two noise schedules, {' and '.join(ranges)}: each model is called at its own levels"
 
 
@@ -153,9 +153,9 @@ def preset_of(models: Mapping[str, Model]) -> str | None:
 
 
 def distilled_by(lora: FilePath, models: Mapping[str, Model]) -> Guess:
-    """What a LoRA in the distilled model's place probably is, from its header.
+    """What a LoRA that makes the distilled model of the base probably is, from its header.
 
-    Raises InputError where it cannot take that place, CheckpointError for a file that is no LoRA.
+    Raises InputError where there is no base alone, CheckpointError for a file that is no LoRA.
     """
     if list(models) != ["base"]:
         raise InputError(
@@ -171,8 +171,8 @@ def distilled_by(lora: FilePath, models: Mapping[str, Model]) -> Guess:
     return guess(lora, checkpoint, models["base"].family.lineage)
 
 
-def swapped(models: Mapping[str, Model], lora: Guess | None) -> str | None:
-    """A line for a person where the files say that each is in the other's place."""
+def swap_note(models: Mapping[str, Model], lora: Guess | None) -> str | None:
+    """A line for a person where the files say that each is in the other's option."""
     base, distilled = models.get("base"), models.get("distilled")
     if base is None or base.student is None or (lora is None and distilled is None):
         return None
@@ -237,19 +237,19 @@ class Averages(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def averaged(models: Mapping[str, Model], wanted: bool | None) -> Averages:
+def choose_averages(models: Mapping[str, Model], ema: bool | None) -> Averages:
     """Averaged weights or trained ones, for the models that have both.
 
-    Raises CheckpointError where averages are wanted and no model has them.
+    Raises CheckpointError for True where no model has averages.
     """
-    if wanted is False:
+    if ema is False:
         return Averages(dict.fromkeys(models, False))
     mains: dict[str, Main | None] = {
         role: Checkpoint.open(model.path).main_of(model.path) for role, model in models.items()
     }
-    if wanted is None:
-        found = {role: averages_note(main) for role, main in mains.items()}
-        notes = tuple(f"{role}: {note}" for role, note in found.items() if note)
+    if ema is None:
+        lines = {role: averages_note(main) for role, main in mains.items()}
+        notes = tuple(f"{role}: {note}" for role, note in lines.items() if note)
         return Averages(dict.fromkeys(models), notes)
     if not any(mains.values()):
         files = " nor ".join(str(model.path) for model in models.values())
@@ -307,17 +307,17 @@ def read_headers(
     models = {role: Model.of(path, allow) for role, path in paths.items()}
     check_belong(models)
     lora = None if distilled_lora is None else distilled_by(distilled_lora, models)
-    known = predictions(prediction, models)
-    found = schedules(models, known)
-    chosen = prediction if isinstance(prediction, Mapping) else dict.fromkeys(models, prediction)
-    guessed = (model.note(role, chosen.get(role) is not None) for role, model in models.items())
-    swap = swapped(models, lora)
-    lines = (*guessed, swap, two_schedules(found))
+    kinds = predictions(prediction, models)
+    processes = schedules(models, kinds)
+    by_role = prediction if isinstance(prediction, Mapping) else dict.fromkeys(models, prediction)
+    guessed = (model.note(role, by_role.get(role) is not None) for role, model in models.items())
+    swap = swap_note(models, lora)
+    lines = (*guessed, swap, two_schedules(processes))
     headers = Headers(
         models=models,
         denoisers=models,
-        schedules=found,
-        predictions=known,
+        schedules=processes,
+        predictions=kinds,
         guesses={role: model.guess for role, model in models.items()},
         preset=preset or preset_of(models),
         notes=tuple(line for line in lines if line),
@@ -327,7 +327,7 @@ def read_headers(
 
 
 def _one_network(headers: Headers, lora: Guess) -> Headers:
-    """A pair whose distilled model is its base, to be told apart by the strength of a LoRA."""
+    """A pair of one network: its two models differ in the strength of a LoRA."""
     roles, note = ("base", "distilled"), lora.note()
     return replace(
         headers,

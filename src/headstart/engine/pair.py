@@ -24,20 +24,14 @@ from headstart.engine.devices import choose_devices
 from headstart.engine.dtypes import Precision, choose_precision
 from headstart.engine.models import (
     FilePath,
-    averaged,
     check_vae,
+    choose_averages,
     holder,
     one_file,
     read_headers,
 )
 from headstart.engine.options import LoadOptions
-from headstart.engine.parts import (
-    check_channels,
-    check_context,
-    decoder_dtype,
-    preview_of,
-    vae_of,
-)
+from headstart.engine.parts import check_channels, check_context, decoder_dtype, preview_of, vae_of
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
@@ -150,7 +144,7 @@ def load_pair(
     vae, preview = options.get("vae") or holder("vae", models), options.get("preview")
     text = options.get("text") or holder("text", models)
     check_vae(vae, first)
-    ema = averaged(models, options.get("ema"))
+    ema = choose_averages(models, options.get("ema"))
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
     precision = choose_precision(
         options.get("dtype", "auto"), options.get("packed"), devices["text"], sources
@@ -165,14 +159,14 @@ def load_pair(
     unets = _load_unets(sources, residency, precision, encoders)
     check_channels(vae, decoder, paths, unets)
     residency = settle(residency, encoders, unets)
-    decided = (one_file(base, distilled), precision.note, *ema.notes, *notes(residency))
+    decisions = (one_file(base, distilled), precision.note, *ema.notes, *notes(residency))
     encoders, embeddings = with_tokens(encoders, options.get("embeddings", ()))
-    own_files = ((role, options.get(role)) for role in ("vae", "text", "preview"))
-    named = paths | {role: path for role, path in own_files if path is not None}
+    optional = ((role, options.get(role)) for role in ("vae", "text", "preview"))
+    all_paths = paths | {role: path for role, path in optional if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), decoder)]
     dims = (unet.params.guidance_dim for unet in unets.values())
     guidance_dim = next(filter(None, dims), None)
-    files = _files(named, ema.of) | embeddings
+    files = _files(all_paths, ema.of) | embeddings
     if distilled_lora is not None:
         files["distilled_lora"] = (str(distilled_lora), Checkpoint.open(distilled_lora).files)
     return Pair(
@@ -190,7 +184,7 @@ def load_pair(
         guesses=headers.guesses,
         embedded_guidance=_embedded_guidance(options.get("embedded_guidance"), guidance_dim),
         guidance_dim=guidance_dim,
-        notes=(*headers.notes, *filter(None, decided)),
+        notes=(*headers.notes, *filter(None, decisions)),
         device=devices["text"],
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
@@ -215,7 +209,7 @@ def load_demo(**options: Unpack[LoadOptions]) -> Pair:
     shared: LoadOptions = {**options, "preview": preview, "preset": "demo"}
     pair = load_pair(base, distilled, **shared)
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
-    embeddings = {role: own for role, own in pair.files.items() if role.startswith(EMBEDDING)}
+    embeddings = {role: file for role, file in pair.files.items() if role.startswith(EMBEDDING)}
     return replace(pair, files=files | embeddings)
 
 

@@ -39,15 +39,14 @@ def parameters(run: Recorded) -> str:
         "Seed": (run.chosen or run.seeds)[image],
         "Size": f"{run.size[1]}x{run.size[0]}",
     }
-    if (own := run.weights.get(first)) is not None:
-        values |= {"Model hash": own["sha256"][:10], "Model": _stem(own)}
+    if (file := run.weights.get(first)) is not None:
+        values |= {"Model hash": file["sha256"][:10], "Model": _stem(file)}
     if (skip := run.reading.get("clip_skip")) is not None:
         values["Clip skip"] = skip
     for model in others[:1]:
-        if (own := run.weights.get(model, run.weights.get("distilled_lora"))) is not None:
-            share = table.handoffs[0] / len(table)
-            values["Refiner"] = f"{_stem(own)} [{own['sha256'][:10]}]"
-            values["Refiner switch at"] = f"{share:.3g}"
+        if (file := run.weights.get(model, run.weights.get("distilled_lora"))) is not None:
+            values["Refiner"] = f"{_stem(file)} [{file['sha256'][:10]}]"
+            values["Refiner switch at"] = f"{table.handoffs[0] / len(table):.3g}"
     if run.diversify:
         values["Diversify"] = ", ".join(run.diversify)
     values |= {"Plan": table.name, "Version": f"headstart {run.machine.get('headstart', '')}"}
@@ -65,8 +64,8 @@ def _tags(run: Recorded, image: int) -> list[str]:
     for name, adapter in run.adapters.items():
         value = _of_image(adapter["strength"].get("value", 1.0), image)
         text = _of_image(adapter["strength"].get("text", value), image)
-        own = rf"<\s*(lora|lyco)\s*:\s*{re.escape(name)}\s*[:.>]"
-        if name != DISTILLED_LORA and (value or text) and not re.search(own, run.prompts[image]):
+        tag = rf"<\s*(lora|lyco)\s*:\s*{re.escape(name)}\s*[:.>]"
+        if name != DISTILLED_LORA and (value or text) and not re.search(tag, run.prompts[image]):
             strength = f"{value:g}" if text == value else f"{text:g}:{value:g}"
             tags.append(f"<lora:{name}:{strength}>")
     return tags

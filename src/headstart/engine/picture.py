@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from headstart.conditioning.texts import compact
 from headstart.diversify.methods import read_methods
 from headstart.engine.parameters import PARAMETERS, parameters
 from headstart.engine.record import Json, Position, Recorded, describe
@@ -33,9 +34,9 @@ def picture_texts(run: Recorded, image: int, tokens: int = 0) -> dict[str, str]:
 
     Files are named without their folders, which are nobody else's business.
     """
-    own = picture_record(run, image, tokens)
-    record = json.dumps(describe(own), ensure_ascii=False, separators=(",", ":"))
-    return {PARAMETERS: parameters(own), KEYWORD: record}
+    picture = picture_record(run, image, tokens)
+    record = json.dumps(describe(picture), ensure_ascii=False, separators=(",", ":"))
+    return {PARAMETERS: parameters(picture), KEYWORD: record}
 
 
 def picture_record(run: Recorded, image: int, tokens: int = 0) -> Recorded:
@@ -46,17 +47,17 @@ def picture_record(run: Recorded, image: int, tokens: int = 0) -> Recorded:
     Of the other images it holds what this one depends on: those of its prompt, where a method acts
     across them, and all of a run of the caller's own tensors, of which nobody knows.
     """
-    weights = {role: {**own, "file": _name(own["file"])} for role, own in run.weights.items()}
-    results = {name: [own[image]] for name, own in run.results.items()}
+    weights = {role: {**file, "file": _name(file["file"])} for role, file in run.weights.items()}
+    results = {name: [digests[image]] for name, digests in run.results.items()}
     run = replace(run, weights=weights, results=results)
     if run.position is not None:
         return run
     rows = _rows(run, image)
     if len(rows) == 1:
-        return replace(_of_rows(run, rows), position=_position(run, image, tokens))
-    return replace(
-        _of_rows(run, rows), position=Position(rows.index(image), len(rows), 0, 1, tokens)
-    )
+        position = _position(run, image, tokens)
+    else:
+        position = Position(rows.index(image), len(rows), 0, 1, tokens)
+    return replace(_of_rows(run, rows), position=position)
 
 
 def _rows(run: Recorded, image: int) -> list[int]:
@@ -70,39 +71,37 @@ def _rows(run: Recorded, image: int) -> list[int]:
 
 def _of_rows(run: Recorded, rows: Sequence[int]) -> Recorded:
     """The request of some images."""
-    reading = {n: _some(v, rows) if n in _TEXTS else v for n, v in run.reading.items()}
-    adapters = {
-        name: {**own, "strength": _strength(own["strength"], rows)}
-        for name, own in run.adapters.items()
-    }
     return replace(
         run,
         prompts=tuple(run.prompts[row] for row in rows),
         seeds=tuple(run.seeds[row] for row in rows),
         negative=_some(run.negative, rows),
-        reading=reading,
-        adapters=adapters,
+        reading={n: _some(v, rows) if n in _TEXTS else v for n, v in run.reading.items()},
+        adapters=_adapters(run, rows),
         chosen=None if run.chosen is None else tuple(run.chosen[row] for row in rows),
     )
 
 
 def _some(texts: Any, rows: Sequence[int]) -> Any:
-    if texts is None or isinstance(texts, str):
-        return texts
-    own = tuple(texts[row] for row in rows)
-    return own[0] if len(set(own)) == 1 else own
+    return texts if texts is None or isinstance(texts, str) else compact(_samples(texts, rows))
 
 
-def _strength(strength: Mapping[str, Any], rows: Sequence[int]) -> Json:
-    """The fields of a Strength, of these samples."""
-    return {n: _samples(v, rows) if n in ("value", "text") else v for n, v in strength.items()}
+def _adapters(run: Recorded, rows: Sequence[int]) -> dict[str, Json]:
+    """The adapters at the strengths of these samples."""
+    adapters: dict[str, Json] = {}
+    for name, adapter in run.adapters.items():
+        strength = dict(adapter["strength"])
+        for part in strength.keys() & {"value", "text"}:
+            strength[part] = _samples(strength[part], rows)
+        adapters[name] = {**adapter, "strength": strength}
+    return adapters
 
 
-def _samples(own: Any, rows: Sequence[int]) -> Any:
+def _samples(value: Any, rows: Sequence[int]) -> Any:
     """Of a number for all, one for each sample, or [rows][samples]."""
-    if not isinstance(own, list | tuple):
-        return own
-    parts = cast("Sequence[Any]", own)
+    if not isinstance(value, list | tuple):
+        return value
+    parts = cast("Sequence[Any]", value)
     if isinstance(parts[0], list | tuple):
         return tuple(_samples(part, rows) for part in parts)
     return tuple(parts[row] for row in rows)
@@ -117,17 +116,17 @@ def _position(run: Recorded, image: int, tokens: int) -> Position:
     return Position(image, len(keys), distinct.index(keys[image]), len(distinct), tokens)
 
 
-def _wide(own: Any, run: Recorded) -> Sequence[Any]:
+def _wide(value: Any, run: Recorded) -> Sequence[Any]:
     """One for each image, of what may be one for all."""
-    several = isinstance(own, list | tuple) and len(own) == len(run.seeds)  # pyright: ignore
-    return own if several else [None] * len(run.seeds)  # pyright: ignore
+    several = isinstance(value, list | tuple) and len(value) == len(run.seeds)  # pyright: ignore
+    return value if several else [None] * len(run.seeds)  # pyright: ignore
 
 
 def _name(file: str) -> str:
     return file if file.startswith(BUNDLED) else re.split(r"[/\\]", file.rstrip("/\\"))[-1]
 
 
-class Again(NamedTuple):
+class Rerun(NamedTuple):
     """A run that draws the picture again: its record, what changes with the image, and which image
     of it is the picture."""
 
@@ -135,25 +134,22 @@ class Again(NamedTuple):
     image: int
 
 
-def drawn_again(run: Recorded, text: ClipText) -> Again:
-    """`run` is the record of a picture, or of a whole run, of which the first image is asked."""
+def rerun_of(run: Recorded, text: ClipText) -> Rerun:
+    """`run` is the record of a picture, or of a whole run, of which it is the first image."""
     position = run.position
     if position is None or len(run.prompts) > 1:
-        return Again(run, 0 if position is None else position.image)
+        return Rerun(run, 0 if position is None else position.image)
     count, image = _enough(run, position)
     texts = _fillers(run, position, text)
-    seen = position.text < image  # whether an image before it has its text
-    order = [min(n - (seen and n > image), position.texts - 1) for n in range(count)]
+    is_repeated = position.text < image  # an image before it has its text
+    order = [min(n - (is_repeated and n > image), position.texts - 1) for n in range(count)]
     order[image] = position.text
     seeds = [(run.seeds[0] + 1 + n) % 2**64 for n in range(count)]
     seeds[image] = run.seeds[0]
-    adapters = {
-        name: {**own, "strength": _strength(own["strength"], [0] * count)}
-        for name, own in run.adapters.items()
-    }
     prompts = tuple(texts[number] for number in order)
+    adapters = _adapters(run, [0] * count)
     run = replace(run, prompts=prompts, seeds=tuple(seeds), adapters=adapters)
-    return Again(run, image)
+    return Rerun(run, image)
 
 
 def _enough(run: Recorded, position: Position) -> tuple[int, int]:

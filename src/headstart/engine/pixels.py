@@ -43,33 +43,30 @@ def decode_rgb(
         raise InputError(
             f"bands={bands} is for a VAE's decoder, and this is a {type(vae).__name__}"
         )
-    rgb, good = _decoded(vae, latents.to(dtype), chunk, bands)
-    if not all(good) and dtype == torch.float16 and isinstance(vae, nn.Module):
+    rgb, finite = _decode(vae, latents.to(dtype), chunk, bands)
+    if not all(finite) and dtype == torch.float16 and isinstance(vae, nn.Module):
         warnings.warn(
             "the decoder overflowed in float16, so the images are decoded again in float32; load "
             "with vae_dtype='bfloat16', or give a repaired VAE, to save the time",
             stacklevel=2,
         )
-        wide = deepcopy(vae).float()
-        rgb, good = _decoded(wide, latents.float(), chunk, bands)
-    if not all(good):
-        bad = [seed for seed, fine in zip(seeds, good, strict=True) if not fine]
+        rgb, finite = _decode(deepcopy(vae).float(), latents.float(), chunk, bands)
+    if not all(finite):
+        overflowed = [seed for seed, fine in zip(seeds, finite, strict=True) if not fine]
         raise InputError(
-            f"the decoder gave NaN or infinity for seed(s) {bad}: a half-precision decoder "
+            f"the decoder gave NaN or infinity for seed(s) {overflowed}: a half-precision decoder "
             "overflowed, or the VAE is not this model's; load with vae_dtype='float32'"
         )
     return rgb
 
 
-def _decoded(
-    vae: LatentCodec, latents: Tensor, chunk: int, bands: int
-) -> tuple[Tensor, list[bool]]:
-    parts: list[Tensor] = []
+def _decode(vae: LatentCodec, latents: Tensor, chunk: int, bands: int) -> tuple[Tensor, list[bool]]:
+    """rgb, and whether all pixels of each sample are finite."""
+    rgb: list[Tensor] = []
     finite: list[Tensor] = []
     with torch.inference_mode():
-        for begin in range(0, len(latents), chunk):
-            some = latents[begin : begin + chunk]
-            pixels = vae.decode(some, bands) if isinstance(vae, Vae) else vae.decode(some)
+        for part in torch.split(latents, chunk):
+            pixels = vae.decode(part, bands) if isinstance(vae, Vae) else vae.decode(part)
             finite.append(torch.isfinite(pixels).flatten(1).all(1))
-            parts.append(decode_u8(pixels, check=False))
-        return torch.cat(parts), [bool(fine) for fine in torch.cat(finite).cpu().unbind()]
+            rgb.append(decode_u8(pixels, check=False))
+        return torch.cat(rgb), [bool(fine) for fine in torch.cat(finite).cpu().unbind()]

@@ -43,30 +43,30 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Cond, Cond | None]
     base = request.adapters.text_strengths(len(request.images), request.acts)
     strengths = [text_strengths(request.adapters, base, tags) for tags in request.tags]
     keys = [
-        [(texts, _row(own, image)) for image, texts in enumerate(row)]
-        for row, own in zip(request.rows, strengths, strict=True)
+        [(texts, _row(by_image, image)) for image, texts in enumerate(row)]
+        for row, by_image in zip(request.rows, strengths, strict=True)
     ]
     distinct = list(dict.fromkeys(key for row in keys for key in row))
-    own = None if base is None else tuple(row for _, row in distinct)
-    reading = _texts(request, [texts for texts, _ in distinct], each=own is not None)
-    key = (weakref.ref(text), text.exclamation, text.zero_empty_negative, repr(reading), own)
+    by_text = None if base is None else tuple(row for _, row in distinct)
+    reading = _texts(request, [texts for texts, _ in distinct], one_negative=by_text is None)
+    key = (weakref.ref(text), text.exclamation, text.zero_empty_negative, repr(reading), by_text)
     cond, uncond = cache.find(
-        (*key, _changes(text, request)), lambda: _encoded(text, request, *reading, own)
+        (*key, _changes(text, request)), lambda: _encode(text, request, *reading, by_text)
     )
     number = {key: index for index, key in enumerate(distinct)}
     rows = [tuple(number[key] for key in row) for row in keys]
     parts = _by_level(rows, [step.sigma for step in request.table])
 
-    def by_image(encoded: Conditioning) -> Cond:
+    def spread(encoded: Conditioning) -> Cond:
         """A row for each image."""
         encoded = replace(encoded, adapters=request.adapters)
         device = encoded.context.device
-        spread: list[tuple[Level, Conditioning]] = [
+        conds: list[tuple[Level, Conditioning]] = [
             (level, encoded[torch.tensor(numbers, device=device)]) for level, numbers in parts
         ]
-        return spread[0][1] if len(spread) == 1 else ByLevel(tuple(spread))
+        return conds[0][1] if len(conds) == 1 else ByLevel(tuple(conds))
 
-    return by_image(cond), None if uncond is None else by_image(uncond)
+    return spread(cond), None if uncond is None else spread(uncond)
 
 
 def check_lengths(text: ClipText, request: Request) -> int:
@@ -75,29 +75,33 @@ def check_lengths(text: ClipText, request: Request) -> int:
     Raises InputError for texts that cannot share a call, before anything is allocated.
     """
     inputs = request.inputs
-    have = [*token_counts(inputs.cond), *token_counts(inputs.uncond)]
-    read = 0
+    counts = [*token_counts(inputs.cond), *token_counts(inputs.uncond)]
+    tokens = 0
     if inputs.cond is None or (request.guided and inputs.uncond is None):
         text = request.adapters.text_encoder or text
         distinct = list(dict.fromkeys(texts for row in request.rows for texts in row))
-        prompts, negatives, how = _texts(request, distinct, each=False)
-        have.append(read := text.check(prompts, negatives, **how))
+        prompts, negatives, how = _texts(request, distinct, one_negative=True)
+        counts.append(tokens := text.check(prompts, negatives, **how))
     if request.guided:  # its calls hold both halves
-        common_length(have, text.length)
-    return read
+        common_length(counts, text.length)
+    return tokens
 
 
 def _texts(
-    request: Request, rows: Sequence[RowTexts], *, each: bool
+    request: Request, rows: Sequence[RowTexts], *, one_negative: bool
 ) -> tuple[list[str], list[str | None] | None, dict[str, Any]]:
     """Prompts, negative prompts where they are read, and how to read them.
 
-    each   one negative prompt for each of `rows`, even where all are the same
+    one_negative   whether one negative prompt is enough where those of all `rows` are the same
     """
     texts, size = request.texts, request.size
-    how: dict[str, Any] = {"style": texts.style, "clip_skip": texts.clip_skip}
-    how |= {"original": texts.original_size or size, "size": texts.target_size or size}
-    how |= {"crop": texts.crop or (0, 0)}
+    how: dict[str, Any] = {
+        "style": texts.style,
+        "clip_skip": texts.clip_skip,
+        "original": texts.original_size or size,
+        "size": texts.target_size or size,
+        "crop": texts.crop or (0, 0),
+    }
     prompts = [row.prompt for row in rows]
     if request.inputs.cond is not None:  # prompts are only names
         prompts = [""] * len(rows)
@@ -106,7 +110,7 @@ def _texts(
     if not request.guided or request.inputs.uncond is not None:
         return prompts, None, how
     pairs = [(row.negative, row.negative_second) for row in rows]
-    if not each and len(set(pairs)) == 1:
+    if one_negative and len(set(pairs)) == 1:
         pairs = pairs[:1]
     if any(second is not None for _, second in pairs):
         how["negative_second"] = [second for _, second in pairs]
@@ -119,14 +123,14 @@ def _changes(text: ClipText, request: Request) -> Hashable:
     parts = [part for tower in text.towers for part in adapters.parts(tower)]
     if not parts:
         return None
-    found: list[Hashable] = [adapters.columns]
+    key: list[Hashable] = [adapters.columns]
     for part in parts:
         versions = sum(tensor._version for tensor in (*part.parameters(), *part.buffers()))
-        found.append((weakref.ref(part), versions))
-    return tuple(found)
+        key.append((weakref.ref(part), versions))
+    return tuple(key)
 
 
-def _encoded(
+def _encode(
     text: ClipText,
     request: Request,
     prompts: list[str],

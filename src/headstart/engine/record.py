@@ -85,14 +85,14 @@ class Position(NamedTuple):
     tokens: int
 
     @classmethod
-    def of(cls, found: Mapping[str, int], record: Mapping[str, Any]) -> Position:
+    def of(cls, values: Mapping[str, int], record: Mapping[str, Any]) -> Position:
         """What a picture's record says. Raises ValueError for a position that no picture has."""
-        position = cls(*(found[name] for name in cls._fields))
+        position = cls(*(values[name] for name in cls._fields))
         prompts: Sequence[str] = record["prompts"]
         image = 0 <= position.image < position.images <= MOST_IMAGES
         text = 0 <= position.text < position.texts <= position.images
         if not (image and text and position.tokens >= 0):
-            raise ValueError(f"no picture is at position {found}")
+            raise ValueError(f"no picture is at position {values}")
         if len(prompts) not in (1, position.images) or len(prompts) != len(record["seeds"]):
             raise ValueError(f"expected 1 or {position.images} prompts, and as many seeds")
         return position
@@ -121,7 +121,7 @@ class Recorded:
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """How prompts are read, where it is not the usual way: arguments of `Engine.sample`."""
     given: Mapping[str, str] = field(default_factory=dict[str, str])
-    """SHA-256 of tensors that were the caller's own, which a record does not hold."""
+    """SHA-256 of the caller's tensors, which a record does not hold."""
     decode: tuple[int, int] | None = None
     """Samples that were in the decoder at once, and its bands; None: as many as `chunk`, whole."""
     position: Position | None = None
@@ -153,9 +153,9 @@ def machine(
     packed: bool | str = False,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
-    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be;
-    `vae_dtype`: where not all is float32; `packed`: weights laid out for a CPU,
-    all, without tiles ("direct"), or the decoder's alone ("decoder").
+    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was
+    ignored; `vae_dtype`: where not all is float32; `packed`: weights laid out for a CPU, all,
+    without tiles ("direct"), or the decoder's alone ("decoder").
     """
     plain = dtype == vae_dtype == torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -183,20 +183,20 @@ def digests(batch: Tensor) -> list[str]:
     return [hashlib.sha256(sample.numpy().tobytes()).hexdigest() for sample in host]
 
 
-_WHERE_SET = ("diversify", "chosen", "reading", "given", "decode", "position")
+_OPTIONAL = ("diversify", "chosen", "reading", "given", "decode", "position")
 """Fields that a record has only where they say something."""
 
 
 def describe(run: Recorded) -> Json:
     """The JSON-able record; floats survive json.dumps and json.loads exactly."""
-    values = {own.name: getattr(run, own.name) for own in fields(run) if own.name != "first"}
+    values = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "first"}
     values["table"] = json.loads(run.table.to_json())
     if run.decode is not None:
         values["decode"] = dict(zip(("chunk", "bands"), run.decode, strict=True))
     if run.position is not None:
         values["position"] = run.position._asdict()
-    stated = {name: value for name, value in values.items() if value or name not in _WHERE_SET}
-    return json.loads(json.dumps({"format": FORMAT, **stated}, default=dict))  # tuples are lists
+    entries = {name: value for name, value in values.items() if value or name not in _OPTIONAL}
+    return json.loads(json.dumps({"format": FORMAT, **entries}, default=dict))  # tuples are lists
 
 
 def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
@@ -226,25 +226,25 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             table=StepTable.from_json(json.dumps(record["table"])),
             weights={role: dict(file) for role, file in record["weights"].items()},
             machine=dict(record["machine"]),
-            results={name: list(values) for name, values in record["results"].items()},
+            results={name: list(digests) for name, digests in record["results"].items()},
             adapters={name: dict(adapter) for name, adapter in adapters.items()},
             lineage=record.get("lineage"),
             diversify=tuple(diversify),
             chosen=tuple(record["chosen"]) if "chosen" in record else None,
-            reading={"literal": True} if kind == FIRST else _read(record.get("reading", {})),
+            reading={"literal": True} if kind == FIRST else _reading(record.get("reading", {})),
             given=dict(record.get("given", {})),
             decode=(d["chunk"], d["bands"]) if (d := record.get("decode")) else None,
             first=kind == FIRST,
-            position=Position.of(found, record) if (found := record.get("position")) else None,
+            position=Position.of(values, record) if (values := record.get("position")) else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{source!r} is damaged, or not {RECORD}: {error!s:.200}") from error
 
 
-def _read(reading: Mapping[str, Any]) -> Json:
-    """Lists as the tuples that they were. Raises KeyError for a way that is not known."""
-    known = {name.removesuffix("?") for name in _SHAPE["reading?"]}  # pyright: ignore
-    if unknown := sorted(set(reading) - known):
+def _reading(reading: Mapping[str, Any]) -> Json:
+    """Lists as the tuples that they were. Raises KeyError for an option that is not known."""
+    names = {name.removesuffix("?") for name in _SHAPE["reading?"]}  # pyright: ignore
+    if unknown := sorted(set(reading) - names):
         raise KeyError(f"reading has {unknown[0]!r:.40}, which this version does not know")
     if (style := reading.get("style", "plain")) not in PROMPT_STYLES:
         raise ValueError(f"reading.style: expected {', '.join(PROMPT_STYLES)}, got {style!r:.40}")
@@ -261,16 +261,15 @@ def read_record(path: Path) -> Json:
 def check_weights(recorded: Recorded, now: Mapping[str, Mapping[str, str]]) -> None:
     """Raise InputError unless every file the record names has the recorded bytes, and no adapter is
     attached besides."""
-    extra = sorted(role for role in now if role.startswith(ROLE) and role not in recorded.weights)
-    if extra:
+    if extra := sorted(r for r in now if r.startswith(ROLE) and r not in recorded.weights):
         raise InputError(f"the record was made without {', '.join(extra)}: detach it")
     for role, file in recorded.weights.items():
-        here = now.get(role)
-        if here is None or here["sha256"] != file["sha256"]:
-            got = "none" if here is None else f"{here['file']} with sha256 {here['sha256'][:16]}…"
+        other = now.get(role)
+        if other is None or other["sha256"] != file["sha256"]:
+            what = f"{other['file']} with sha256 {other['sha256'][:16]}…" if other else "none"
             raise InputError(
                 f"the record was made with {role} {file['file']}, sha256 {file['sha256'][:16]}…; "
-                f"this engine has {got}: load the recorded file"
+                f"this engine has {what}: load the recorded file"
             )
 
 
@@ -286,7 +285,7 @@ def first_difference(recorded: Recorded, now: Recorded) -> str | None:
                 number = image if position is None else min(position.image, len(now.seeds) - 1)
                 where = f"{kind} of image {number}, seed {now.seeds[number]}"
                 return f"first difference: {where}, prompt {now.prompts[number]!r:.60}; " + (
-                    _explained(recorded.machine, now.machine, alone=position is not None)
+                    _explanation(recorded.machine, now.machine, alone=position is not None)
                 )
     return None
 
@@ -301,7 +300,7 @@ _SETTINGS = ("exclamation", "embedded_guidance", "ema")
 """Of a machine's entries those that change what is computed; absent is the usual."""
 
 
-def _explained(
+def _explanation(
     recorded: Mapping[str, object], now: Mapping[str, object], *, alone: bool = False
 ) -> str:
     changed = [
@@ -311,8 +310,7 @@ def _explained(
     ]
     if changed:
         message = f"what differs: {'; '.join(changed)}. "
-        settings = [key for key in _SETTINGS if recorded.get(key) != now.get(key)]
-        if settings:
+        if settings := [key for key in _SETTINGS if recorded.get(key) != now.get(key)]:
             return message + f"Load the weights with the recorded {' and '.join(settings)}"
         return message + "Networks round differently there"
     same = "machine, versions and settings are the recorded ones, "

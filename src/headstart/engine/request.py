@@ -107,15 +107,15 @@ def prepare(
     reading   how to read prompts, where `options` does not say
     resume    where to go on, perhaps with another plan or other prompts than before
     """
-    run, settings = _split(options)
+    run_options, settings = _split(options)
     methods = read_methods(diversify)
-    acts = attached.run_strengths(run.get("adapters"))
+    acts = attached.run_strengths(run_options.get("adapters"))
     by_sample = any(strength.by_sample for strength in acts.values())
-    pixels = _pixels(weights, run)
-    inputs = _inputs(weights, run, pixels)
-    _check_unused(run, inputs)
-    read = {**(reading or {}), **run}
-    texts, seeds = pair_texts(prompts, seeds, read, inputs.samples, distinct=not by_sample)
+    pixels = _pixels(weights, run_options)
+    inputs = _inputs(weights, run_options, pixels)
+    _check_unused(run_options, inputs)
+    text_options = {**(reading or {}), **run_options}
+    texts, seeds = pair_texts(prompts, seeds, text_options, inputs.samples, distinct=not by_sample)
     check_texts(texts, weights.text)
     images = Images(texts.prompts, seeds)
     _check_methods(methods, texts, images, inputs, by_sample=by_sample)
@@ -127,7 +127,7 @@ def prepare(
     guided = any(step.guidance != 1.0 for step in table)
     _check_guidance(texts, inputs, table, guided)
     if names_only and (inputs.uncond is not None or not guided):
-        texts = _unread(texts, run)
+        texts = _unread(texts, run_options)
     if guided and resume is None:
         _check_negative_levels(texts, rows, table)
     select = select_of(methods)
@@ -144,7 +144,7 @@ def prepare(
             )
     noise = noise_source(inputs.noise, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
-    fits, spare = _chunks(weights, shape, table, BatchSizes.of(batch))
+    sizes, spare = _chunks(weights, shape, table, BatchSizes.of(batch))
     return Request(
         images=images,
         texts=texts,
@@ -154,7 +154,7 @@ def prepare(
         noise=noise,
         size=pixels,
         table=table,
-        chunks=fits,
+        chunks=sizes,
         spare=spare,
         latent=latent,
         adapters=attached,
@@ -199,8 +199,8 @@ def _split(options: SampleOptions) -> tuple[Mapping[str, Any], PlanSettings]:
             "others: leave it out, or use sample or iterate"
         )
     run = {name: supplied.pop(name) for name in RUN_OPTIONS & set(supplied)}
-    run = {name: value for name, value in run.items() if value is not None}
-    return run, cast("PlanSettings", supplied)
+    run_options = {name: value for name, value in run.items() if value is not None}
+    return run_options, cast("PlanSettings", supplied)
 
 
 def _pixels(weights: Pair, options: Mapping[str, Any]) -> tuple[int, int]:
@@ -265,9 +265,9 @@ def _check_negative_levels(
     guided = [row for row, step in zip(rows, table, strict=True) if step.guidance != 1.0]
     for image in range(len(texts)):
         for name in ("negative", "negative_second"):
-            used = {getattr(row[image], name) for row in guided}
+            guided_parts = {getattr(row[image], name) for row in guided}
             parts = dict.fromkeys(getattr(row[image], name) for row in rows)
-            if unused := [part for part in parts if part not in used]:
+            if unused := [part for part in parts if part not in guided_parts]:
                 raise InputError(
                     f"{name} {getattr(texts, name)[image]!r:.60}: {unused[0]!r:.60} would do "
                     f"nothing: it belongs to rows of plan {table.name!r} that have guidance 1 "
@@ -300,10 +300,9 @@ def _check_methods(
             "seeds: leave one of them out"
         )
     for prompt, rows in images.by_prompt.items() if across is not None else ():
-        several = [
-            name for name in TEXT_OPTIONS if len({getattr(texts, name)[row] for row in rows}) > 1
-        ]
-        if differing := several or inputs.differing(rows):
+        columns = {name: {getattr(texts, name)[row] for row in rows} for name in TEXT_OPTIONS}
+        differing = [name for name, column in columns.items() if len(column) > 1]
+        if differing := differing or inputs.differing(rows):
             raise InputError(
                 f"diversify {across}: acts across the images of a prompt, and those of "
                 f"{prompt!r:.60} differ in {differing[0]}=: give one for all of them, or leave the "

@@ -18,7 +18,7 @@ from headstart.conditioning.inputs import Cond, Noise
 from headstart.conditioning.texts import check_clip_skip
 from headstart.engine import record as recording
 from headstart.engine.engine import Engine
-from headstart.engine.picture import KEYWORD, drawn_again
+from headstart.engine.picture import KEYWORD, rerun_of
 from headstart.engine.record import Recorded
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
@@ -34,7 +34,7 @@ _FOREIGN = {
     "invokeai_metadata": "InvokeAI",
     "sd-metadata": "InvokeAI",
 }
-"""Keyword of a PNG's text -> whose it is."""
+"""Keyword of a PNG's text -> the program that writes it."""
 _SHEET = ": it shows all images of a run: replay one of them, or the record.json beside it"
 _PICTURE = "a PNG that `headstart sample` or Trajectory.save wrote"
 
@@ -59,12 +59,12 @@ def open_source(path: Path) -> Source:
     if path.suffix.lower() != PNG and not _begins(path, SIGNATURE):
         record = recording.read_record(path)
         return Source(record, recording.parse(record, str(path)), str(path))
-    found = read_png(path, KEYWORD)
-    if found.text is None:
-        why = _SHEET if path.name == GRID else _why(found.keywords)
+    png = read_png(path, KEYWORD)
+    if png.text is None:
+        why = _SHEET if path.name == GRID else _reason(png.keywords)
         raise InputError(f"{str(path)!r} has no record of headstart in it{why}")
     try:
-        record = loads(found.text.encode())
+        record = loads(png.text.encode())
         check_shape(record, {}, str(path), f"the record of {_PICTURE}")
     except ValueError as error:
         if isinstance(error, InputError):
@@ -78,7 +78,7 @@ def open_source(path: Path) -> Source:
         f"{str(path)!r} was edited, or written again with other pixels: they are not those of the "
         "record in it. Replay the file that was written first"
     )
-    if found.size != recorded.size:
+    if png.size != recorded.size:
         raise InputError(changed)
     rgb = read_rgb(path)
     if hashlib.sha256(rgb.tobytes()).hexdigest() not in recorded.results.get("rgb", ()):
@@ -86,9 +86,9 @@ def open_source(path: Path) -> Source:
     return Source(record, recorded, str(path), rgb)
 
 
-def _why(keywords: Sequence[str]) -> str:
-    if whose := [_FOREIGN[keyword] for keyword in keywords if keyword in _FOREIGN]:
-        return f": what it says of itself was written by {whose[0]}; expected {_PICTURE}"
+def _reason(keywords: Sequence[str]) -> str:
+    if programs := [_FOREIGN[keyword] for keyword in keywords if keyword in _FOREIGN]:
+        return f": what it says of itself was written by {programs[0]}; expected {_PICTURE}"
     return (
         ": it was written with --no-metadata, or by another program; replay the record.json beside "
         f"it, or give {_PICTURE}"
@@ -137,9 +137,9 @@ def replay(
             f"record.json, its folder or a picture, got {type(record).__name__}"
         )
     recorded = source.recorded
-    own = {"cond": cond, "uncond": uncond, "noise": noise}
-    check_own(recorded, [name for name, value in own.items() if value is not None])
-    _check_whole(recorded, engine)
+    tensors = {"cond": cond, "uncond": uncond, "noise": noise}
+    check_tensors(recorded, [name for name, value in tensors.items() if value is not None])
+    _check_lengths(recorded, engine)
     adapters = engine.adapters.look()
     files = {**engine.weights.files, **adapters.files()}
     recording.check_weights(recorded, recording.weigh(files))
@@ -150,10 +150,10 @@ def replay(
     with warnings.catch_warnings():
         # What a prompt could mean was said when it was typed; here nobody can type it otherwise.
         warnings.filterwarnings("ignore", r"prompt style .* as letters|.*is read as text;")
-        run, image = drawn_again(recorded, engine.text)
+        run, image = rerun_of(recorded, engine.text)
         again = engine.with_reading().sample(
             run.prompts,
-            **{**run.reading, **own},  # pyright: ignore[reportArgumentType]
+            **{**run.reading, **tensors},  # pyright: ignore[reportArgumentType]
             plan=run.table,
             seeds=run.seeds,
             negative=run.negative,
@@ -164,16 +164,15 @@ def replay(
             on_step=on_step,
         )
     if recorded.position is not None:
-        again = _one(again, image, recorded)
-    difference = recording.first_difference(recorded, again.recorded())
-    if difference:
+        again = _only(again, image, recorded)
+    if difference := recording.first_difference(recorded, again.recorded()):
         raise InputError(
             f"the replay is not equal to the record: {difference}{_pixels(source, again)}"
         )
     return again
 
 
-def _one(run: Trajectory, image: int, recorded: Recorded) -> Trajectory:
+def _only(run: Trajectory, image: int, recorded: Recorded) -> Trajectory:
     """One image of a run, with the record that it was drawn by."""
     part, first = slice(image, image + 1), 0 if len(recorded.prompts) == 1 else image
     return replace(
@@ -188,30 +187,31 @@ def _one(run: Trajectory, image: int, recorded: Recorded) -> Trajectory:
 
 
 def _pixels(source: Source, again: Trajectory) -> str:
-    """How far a picture is from the one that was drawn again."""
+    """How far the picture of a replay is from the one of the record."""
     if source.rgb is None:
         return ""
-    apart = np.abs(again.rgb[0].cpu().numpy().astype(np.int16) - source.rgb)
-    count, most = int(apart.any(-1).sum()), int(apart.max())
-    return f". {count} of {apart.shape[0] * apart.shape[1]} pixels differ, by {most} of 255 at most"
+    distance = np.abs(again.rgb[0].cpu().numpy().astype(np.int16) - source.rgb).max(-1)
+    count, most = np.count_nonzero(distance), distance.max()
+    return f". {count} of {distance.size} pixels differ, by {most} of 255 at most"
 
 
-def check_own(recorded: Recorded, have: Sequence[str]) -> None:
-    """Raise InputError unless `have` is what the run was given as tensors."""
-    wanted = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in recorded.given))
-    if missing := [name for name in wanted if name not in have]:
+def check_tensors(recorded: Recorded, names: Sequence[str]) -> None:
+    """Raise InputError unless `names` are the options that the run had as tensors."""
+    expected = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in recorded.given))
+    if missing := [name for name in expected if name not in names]:
         options = ", ".join(f"{name}=..." for name in missing)
         raise InputError(
             f"the run was given {' and '.join(f'{name}=' for name in missing)} as tensors, of "
             "which its record has digests alone, so nothing but their owner can run it again: in "
             f"Python, headstart.replay(record, engine, {options})"
         )
-    if extra := [name for name in have if name not in wanted]:
+    if extra := [name for name in names if name not in expected]:
         raise InputError(f"the run was not given {extra[0]}=: leave it out")
 
 
-def _check_whole(recorded: Recorded, engine: Engine) -> None:
-    """A record of the first format that a version made which read one piece of each text."""
+def _check_lengths(recorded: Recorded, engine: Engine) -> None:
+    """Raise InputError for a longer text in a record of the first format, whose version read one
+    piece of each."""
     if not recorded.first:
         return
     room, tokenizer = engine.text.length - 2, engine.text.tokenizer

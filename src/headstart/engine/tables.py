@@ -32,14 +32,14 @@ def compile_for(
             "states its own"
         )
     if isinstance(plan, str):
-        plan = named_plan(plan, _stated(weights, plan, settings), weights.preset)
+        plan = named_plan(plan, _with_steps(weights, plan, settings), weights.preset)
     _check_models(weights, plan)
     if isinstance(plan, Plan):
         plan = plan.compile(weights.schedules, prediction=weights.predictions)
     check_table(plan, fingerprint_of({model: weights.schedules[model] for model in plan.models}))
-    for role, found in weights.guesses.items():
+    for role, guess in weights.guesses.items():
         rows = [step for step in plan if step.model == role]
-        if complaint := found.complaint(role, rows, plan.name):
+        if complaint := guess.complaint(role, rows, plan.name):
             warnings.warn(complaint, stacklevel=3)
     return plan
 
@@ -55,11 +55,11 @@ def _check_models(weights: Declared, plan: Plan | StepTable) -> None:
         )
 
 
-def _stated(weights: Declared, plan: str, settings: PlanSettings) -> PlanSettings:
+def _with_steps(weights: Declared, plan: str, settings: PlanSettings) -> PlanSettings:
     """The settings, with the step count that the distilled file's name states."""
-    found = weights.guesses.get("distilled")
+    guess = weights.guesses.get("distilled")
     preset = settings.get("preset") or (plan if plan in PRESETS else weights.preset)
-    own = plan == "base" or plan.endswith(TOML)
-    if found is None or not found.steps or preset != found.preset or own:
+    if guess is None or not guess.steps or preset != guess.preset or settings.get("steps"):
         return settings
-    return settings if settings.get("steps") else {**settings, "steps": found.steps}
+    has_steps = plan == "base" or plan.endswith(TOML)
+    return settings if has_steps else {**settings, "steps": guess.steps}

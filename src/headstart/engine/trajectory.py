@@ -97,10 +97,10 @@ class Trajectory:
         return len(self.seeds)
 
     def __repr__(self) -> str:
-        took = ", ".join(f"{stage} {ms:.0f}" for stage, ms in self.latency_ms.items())
+        times = ", ".join(f"{stage} {ms:.0f}" for stage, ms in self.latency_ms.items())
         return (
             f"Trajectory({counted(len(self), 'image')} {self.size[0]}x{self.size[1]}, plan "
-            f"{self.table.name!r}, {self.passes} passes, ms: {took})"
+            f"{self.table.name!r}, {self.passes} passes, ms: {times})"
         )
 
     def record(self) -> dict[str, Any]:
@@ -140,14 +140,14 @@ class Trajectory:
         if target.suffix.lower() == PNG:
             write_folder(target.parent, {target.name: pngs[0]})
             return [target]
-        files = {numbered(image): png for image, png in enumerate(pngs)}
-        own = {GRID: encode_png(self._sheet())} if grid else {}
-        own[RECORD] = (json.dumps(self.record(), indent=1) + "\n").encode()
-        write_folder(target, files | own)
+        images = {numbered(image): png for image, png in enumerate(pngs)}
+        files = images | ({GRID: encode_png(self._sheet())} if grid else {})
+        files[RECORD] = (json.dumps(self.record(), indent=1) + "\n").encode()
+        write_folder(target, files)
         for stale in [*target.glob("[0-9]" * 6 + PNG), target / GRID]:
-            if stale.name not in files | own:  # of the run that was overwritten
+            if stale.name not in files:  # of the run that was overwritten
                 stale.unlink(missing_ok=True)
-        return [target / name for name in files]
+        return [target / name for name in images]
 
     def pngs(self, *, metadata: bool = True) -> list[bytes]:
         """The files that `save` writes, one an image."""
@@ -159,9 +159,8 @@ class Trajectory:
 
     def _repr_html_(self) -> str:
         """For notebooks: the contact sheet, and what can be copied from it as text."""
-        prompts = dict.fromkeys(self.prompts)
-        lines = [repr(self), *(f"{prompt!r}" for prompt in prompts)]
-        text = "<br>".join(html.escape(line) for line in lines)
+        lines = [repr(self), *map(repr, dict.fromkeys(self.prompts))]
+        text = "<br>".join(map(html.escape, lines))
         sheet = data_uri(self._sheet(), _LARGEST_PX)
         return f'<figure><img src="{sheet}"><figcaption>{text}</figcaption></figure>'
 
