@@ -206,12 +206,16 @@ class Batch:
         if not group:
             return [*failed]
         calls = [call for _, call in group]
+        count = sum(len(call.x_in) for call in calls)
+        size = min((size for size in self.buckets if size >= count), default=count)
         try:
             with torch.no_grad():
-                f = _call_network(self.denoisers[calls[0].model], calls, self._size(calls))
+                f = _call_network(self.denoisers[calls[0].model], calls, size)
                 self._limit_caches(run for run, _ in group)
-                joint = self._joint(f) and is_joint(group)
-                results = advance(group, f) if joint else _advance_each(group, f)
+                # On a CPU one step a run, each one call in C, takes as long as a joint one.
+                joint = f.device.type != "cpu" if self.joint is None else self.joint
+                step = advance if joint and is_joint(group) else _advance_each
+                results = step(group, f)
         except Exception as error:  # each run of the call reports it
             results = [error] * len(group)
         served = [*failed]
@@ -232,15 +236,6 @@ class Batch:
                     continue
                 cached += samples
                 self._caching.add(run)
-
-    def _size(self, calls: Sequence[Call]) -> int:
-        """The batch size of the call: the next bucket, so that few shapes are captured."""
-        count = sum(len(call.x_in) for call in calls)
-        return min((size for size in self.buckets if size >= count), default=count)
-
-    def _joint(self, f: Tensor) -> bool:
-        """By default on a GPU: on a CPU one step a run, each one call in C, takes as long."""
-        return f.device.type != "cpu" if self.joint is None else self.joint
 
 
 def _call_key(call: Call) -> Hashable:

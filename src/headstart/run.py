@@ -38,19 +38,10 @@ class Run:
     cond       a Conditioning for B samples, or for one that all share; the run is on its device.
                Whatever else your network reads is passed on in `Call.cond` as it is. A ByLevel of
                either changes with the row's level
-    noise      B unit normals for the start and for each row that adds noise
-    uncond     needed by rows with guidance other than 1, whose calls hold the 2B samples
-               (uncond, cond); guidance 1 is conditional only, one pass
-    resume     a State of this plan: the run goes on with the next row, to the same bits as the run
-               that the State is from, on any part of the table
-    shape      of one latent, without the batch: [C, h, w], video [C, T, h, w], packed tokens
-               [L, C]; not needed with `resume` or with `Given` noise
-    strengths  [rows of the table, B, A] float32: what each row sets as `Conditioning.strengths`
     dtypes     model -> the dtype of its x_in, looked up at every row; the default is that of
                cond.context, or float32
-    check      when x0 is checked for NaN and infinity; see `headstart.sample`
-    picture    draw x0 by this map into `State.rgb`
     device     where the run is, if cond is no Conditioning; by default that of `resume`, or a CPU
+    noise, uncond, resume, shape, strengths, check, picture    as in `headstart.sample`
 
     `call` is the next network call, None at the end; `advance` takes its output. A run may be
     dropped at any row; there is nothing to clean up. To steer, write to `state.x` with torch's own

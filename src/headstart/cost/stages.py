@@ -93,9 +93,8 @@ def unet_pass(
     latent: tuple[int, int, int],
     rows: int = 1,
     dtype: torch.dtype = torch.float16,
-    tokens: int = 77,
 ) -> Pass:
-    """A UNet's calls on `rows` samples of `latent` [C, h, w] with `tokens` of text each."""
+    """A UNet's calls on `rows` samples of `latent` [C, h, w] with 77 tokens of text each."""
     network = _on_meta(lambda: UNet(params), dtype)
     network.lay_out(torch.device("cuda"))
     pooled = time_ids = guidance = None
@@ -103,7 +102,7 @@ def unet_pass(
         pooled, time_ids = _pooled(params, rows, dtype), _empty(rows, 6)
     if params.guidance_dim is not None:
         guidance = _empty(rows, params.guidance_dim, dtype=dtype)
-    context = _empty(rows, tokens, params.context_dim, dtype=dtype)
+    context = _empty(rows, 77, params.context_dim, dtype=dtype)
     cond = Conditioning(context, pooled, time_ids, guidance)
     x_in, timestep = _empty(rows, *latent, dtype=dtype), _empty(rows, dtype=torch.int64)
     cached: list[Conditioning] = []

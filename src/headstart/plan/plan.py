@@ -86,13 +86,17 @@ class Plan:
                 target = _prediction(point.leg, prediction)
                 before = run[index - 1][0].sigma if index else None
                 rows.append(_row(schedules, target, before, point, landing, index, len(run)))
-        last = points[-1].leg
+        target = _prediction(points[-1].leg, prediction)
+        end_scale = 1.0
+        if end and (self.start == "unit" or target is Prediction.FLOW):
+            # For originals whose state is the network's input (see `StepTable`).
+            end_scale = target.scalings(end, _sigma_data(schedules[points[-1].leg.model])).c_in
         return StepTable(
             tuple(rows),
             start=self.start,
             schedule=fingerprint_of(schedules),
             name=self.name,
-            end_scale=self._end_scale(end, schedules[last.model], _prediction(last, prediction)),
+            end_scale=end_scale,
         )
 
     def _check_end(self) -> None:
@@ -118,12 +122,6 @@ class Plan:
         if end == 0.0:
             raise PlanError("end='first': a flow has no first timestep above 0; give end=0.0")
         return end
-
-    def _end_scale(self, end: float, schedule: Process, prediction: Prediction) -> float:
-        """c_in for originals whose state is the network's input (see `StepTable`), else 1."""
-        if end and (self.start == "unit" or prediction is Prediction.FLOW):
-            return prediction.scalings(end, _sigma_data(schedule)).c_in
-        return 1.0
 
 
 class _Landing(NamedTuple):

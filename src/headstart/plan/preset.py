@@ -105,7 +105,11 @@ def plan_of(pair: Pair, request: Request) -> Plan:
         )
     name = f"{pair.name}-{request.mode}"
     if request.mode == "base":
-        return Plan((_base_alone(pair, request),), start=pair.start, name=name)
+        steps = pair.base_steps if request.steps is None else request.steps
+        guidance = pair.base_scale if request.base_guidance is None else request.base_guidance
+        steps = whole_number("steps", steps, 1, TRAIN_STEPS)
+        base = Leg(model="base", steps=steps, guidance=guidance)
+        return Plan((base,), start=pair.start, name=name)
     if request.base_guidance is not None:
         pair = replace(pair, base_guidance=request.base_guidance)
     if request.distilled_guidance is not None:
@@ -132,12 +136,6 @@ def _check_handoff(request: Request) -> None:
             f"k={request.k} and handoff={request.handoff:g} both say where the distilled model "
             "starts: give one"
         )
-
-
-def _base_alone(pair: Pair, request: Request) -> Leg:
-    steps = pair.base_steps if request.steps is None else request.steps
-    guidance = pair.base_scale if request.base_guidance is None else request.base_guidance
-    return Leg(model="base", steps=whole_number("steps", steps, 1, TRAIN_STEPS), guidance=guidance)
 
 
 def _check_steps(pair: Pair, steps: int) -> None:

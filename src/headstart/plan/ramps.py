@@ -36,35 +36,35 @@ def align_your_steps(steps: int, table: str) -> FloatArray:
     return np.exp(np.interp(positions, np.arange(len(logs)), logs))
 
 
-def beta_quantile(share: FloatArray, a: float = 0.6, b: float = 0.6) -> FloatArray:
-    """x with I_x(a, b) = share, for the Beta distribution of arXiv:2407.12173 (a = b = 0.6).
+def beta_quantile(share: FloatArray) -> FloatArray:
+    """x with I_x(a, a) = share, for the Beta distribution of arXiv:2407.12173 (a = 0.6).
 
     By bisection on the regularised incomplete beta function, to the last bit of float64.
     """
-    return np.array([_quantile(float(value), a, b) for value in share])
+    return np.array([_quantile(float(value)) for value in share])
 
 
-def _quantile(share: float, a: float, b: float) -> float:
+def _quantile(share: float) -> float:
     if not 0.0 <= share <= 1.0:
         raise PlanError(f"a share of a distribution lies in 0 .. 1, not {share!r}")
     low, high = 0.0, 1.0
     while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if _incomplete(middle, a, b) < share else (low, middle)
+        low, high = (middle, high) if _incomplete(middle) < share else (low, middle)
     return high if share > 0.0 else 0.0
 
 
-def _incomplete(x: float, a: float, b: float) -> float:
-    """I_x(a, b) = x^a (1 - x)^b / (a B(a, b)) * sum_n prod_k (a + b + k)/(a + 1 + k) x^n.
+def _incomplete(x: float, a: float = 0.6) -> float:
+    """I_x(a, a) = x^a (1 - x)^a / (a B(a, a)) * sum_n prod_k (2 a + k)/(a + 1 + k) x^n.
 
-    The series converges fast below 1/2 (DLMF 8.17.8); above it, I_x(a, b) = 1 - I_(1-x)(b, a).
+    The series converges fast below 1/2 (DLMF 8.17.8); above it, I_x(a, a) = 1 - I_(1-x)(a, a).
     """
     if x > 0.5:
-        return 1.0 - _incomplete(1.0 - x, b, a)
+        return 1.0 - _incomplete(1.0 - x)
     term = total = 1.0
     for n in range(200):
-        term *= x * (a + b + n) / (a + 1.0 + n)
+        term *= x * (2.0 * a + n) / (a + 1.0 + n)
         total += term
         if term < 1e-17 * total:
             break
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return x**a * (1.0 - x) ** b / (a * math.exp(log_beta)) * total
+    log_beta = 2.0 * math.lgamma(a) - math.lgamma(2.0 * a)
+    return x**a * (1.0 - x) ** a / (a * math.exp(log_beta)) * total

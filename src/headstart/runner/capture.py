@@ -68,6 +68,7 @@ class _Key(NamedTuple):
     networks: tuple[tuple[Hashable, ...], ...]
     """The identity and the state of each."""
     inputs: tuple[Hashable, ...]
+    """Name, shape, dtype and memory format of each."""
 
 
 class _CapturedGraph(NamedTuple):
@@ -177,7 +178,8 @@ class Site:
             self._networks.pop(network_id, None)
             self._drop([k for k in self._graphs if any(network_id == n[0] for n in k.networks)])
         networks = tuple((id(network), *state_of(network)) for network in program.networks)
-        key = _Key(program.key, networks, _signature(inputs))
+        forms = ((name, t.shape, t.dtype, _channels_last(t)) for name, t in inputs.items())
+        key = _Key(program.key, networks, tuple(forms))
         captured = self._graphs.get(key)
         if captured is not None and not captured.binding.is_valid(fully=fully):
             self._drop([key])
@@ -328,11 +330,6 @@ def _capturing() -> Generator[None]:
         yield
     finally:
         _CAPTURING.reset(token)
-
-
-def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
-    """The properties of inputs that need another graph."""
-    return tuple((name, t.shape, t.dtype, _channels_last(t)) for name, t in inputs.items())
 
 
 def _channels_last(tensor: Tensor) -> bool:

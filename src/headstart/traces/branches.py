@@ -39,8 +39,8 @@ class Branch:
     rgb        uint8 [B, H, W, 3];  latents float32 [B, C, h, w], at noise level 0
     x0         float32 [S, B, C, h, w] of all rows, those before the branch from the origin; None
                where the origin kept none
-    table      all rows: those that were kept, and those that ran anew
-    from_step  the first row that ran anew
+    table      all rows: those of the origin, and those that ran with the change
+    from_step  the first row that ran with the change
     change     what is different, in words
     original   uint8 [B, H, W, 3], what each image was before the change
     """

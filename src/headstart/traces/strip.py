@@ -27,7 +27,7 @@ class Strip:
     frames     uint8 [S, B, h, w, 3], x0 by the trace's decoder
     good       [S, B], False where the decoder failed
     final      uint8 [B, H, W, 3], the finished images
-    from_step  the first row that ran anew, for a branch
+    from_step  of a branch: the first row that ran with the change
     moved      distance of a branch's finished images to those before the change, mean over seeds
     """
 
@@ -57,7 +57,7 @@ class Strip:
 
     @property
     def branches_at(self) -> int | None:
-        """Index of the first looked-at row that ran anew."""
+        """Index of the first looked-at row that ran with the change."""
         if self.from_step is None:
             return None
         return next(i for i, row in enumerate(self.rows) if row >= self.from_step)
