@@ -41,9 +41,8 @@ class FiniteCheck:
         """The tensor that the next step writes its flags to, or None with check="never"."""
         if self.check == "never":
             return None
-        if self.check == "each" and self.buffer is not None:
-            return self.buffer  # the row before has been read
-        self.buffer = finite_flags(self.shape, self.device)
+        if self.buffer is None or self.check == "last":  # with "each" the row before has been read
+            self.buffer = finite_flags(self.shape, self.device)
         return self.buffer
 
     def read(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:

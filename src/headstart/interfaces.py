@@ -120,7 +120,7 @@ class Conditioning:
             stacked[name] = torch.cat(present)
         return Conditioning.of(stacked, _common_adapters(parts))
 
-    def _map(self, change: _TensorMap) -> Conditioning:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
         return Conditioning.of(tensors, self.adapters)
 
@@ -136,10 +136,6 @@ def _common_adapters(parts: Sequence[Conditioning]) -> Adapters | None:
 
 
 _FIELDS = ("context", "pooled", "time_ids", "guidance_embedding", "strengths")
-
-
-class _TensorMap(Protocol):
-    def __call__(self, tensor: Tensor, /) -> Tensor: ...
 
 
 class Denoiser(Protocol):

@@ -115,7 +115,7 @@ class CachedExtra(dict[str, Tensor]):
         self._strengths, self._columns = strengths, columns
         self._version = None
         if strengths is not None and not strengths.is_inference():
-            self._version = _version(strengths)
+            self._version = strengths._version
 
     def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
         return dict, (dict(self),)
@@ -123,7 +123,7 @@ class CachedExtra(dict[str, Tensor]):
     def columns(self, strengths: Tensor) -> Columns | None:
         """Of `strengths`, if they are the row's and nobody wrote to them."""
         same = strengths is self._strengths and self._version is not None
-        return self._columns if same and _version(strengths) == self._version else None
+        return self._columns if same and strengths._version == self._version else None
 
 
 def cached_prompt(network: object, cond: T) -> T:
@@ -137,10 +137,6 @@ def cached_prompt(network: object, cond: T) -> T:
         return cond
     extended = extra.cache.of(network, cond)
     return replace(cast("Any", cond), extra=dict(extra)) if extended is cond else extended
-
-
-def _version(tensor: Tensor) -> int:
-    return tensor._version
 
 
 def _mode(context: Tensor) -> Hashable:

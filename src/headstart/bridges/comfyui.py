@@ -219,12 +219,8 @@ SIGMAS the same"
 
 
 NODE_CLASS_MAPPINGS = {
-    "HeadstartPlan": HeadstartPlan,
-    "HeadstartGuider": HeadstartGuider,
-    "HeadstartSampler": HeadstartSampler,
+    node.__name__: node for node in (HeadstartPlan, HeadstartGuider, HeadstartSampler)
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "HeadstartPlan": "Headstart Plan",
-    "HeadstartGuider": "Headstart Guider",
-    "HeadstartSampler": "Headstart Sampler",
+    name: name.replace("Headstart", "Headstart ") for name in NODE_CLASS_MAPPINGS
 }

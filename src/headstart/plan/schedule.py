@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from headstart.errors import PlanError
-from headstart.lazy import FloatArray, Floats, np
+from headstart.lazy import Array, FloatArray, Floats, np
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.ramps import RHO, align_your_steps, exponential, karras
@@ -52,8 +52,8 @@ class NoiseSchedule:
         if alphas[-1] == 0.0 and len(alphas) > 1:
             # A very long schedule may already be below this value; it must still fall.
             alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 2)
-        _require(_inside(alphas), "alphas_cumprod", "inside (0, 1)", alphas)
-        _require(bool(np.all(np.diff(alphas) < 0)), "alphas_cumprod", "strictly falling", alphas)
+        _require((alphas > 0) & (alphas < 1), "alphas_cumprod", "inside (0, 1)", alphas)
+        _require(np.diff(alphas) < 0, "alphas_cumprod", "strictly falling", alphas)
         alphas.flags.writeable = False
         object.__setattr__(self, "alphas_cumprod", alphas)
 
@@ -127,15 +127,15 @@ class NoiseSchedule:
     def from_sigmas(cls, sigmas: Floats) -> NoiseSchedule:
         """The schedule whose timestep i has level sigmas[i]: [T], rising, a = 1/(1 + sigma^2)."""
         levels = _vector("sigmas", sigmas)
-        _require(bool(np.all((levels > 0) & (levels < 1e6))), "sigmas", "inside (0, 1e6)", levels)
-        _require(bool(np.all(np.diff(levels) > 0)), "sigmas", "strictly rising", levels)
+        _require((levels > 0) & (levels < 1e6), "sigmas", "inside (0, 1e6)", levels)
+        _require(np.diff(levels) > 0, "sigmas", "strictly rising", levels)
         return cls(1.0 / (1.0 + levels**2))
 
     @classmethod
     def from_betas(cls, betas: Floats) -> NoiseSchedule:
         """a_t = prod (1 - beta_i), i <= t, for betas [T] inside (0, 1)."""
         vector = _vector("betas", betas)
-        _require(_inside(vector), "betas", "inside (0, 1)", vector)
+        _require((vector > 0) & (vector < 1), "betas", "inside (0, 1)", vector)
         return cls(np.cumprod(1.0 - vector, dtype=np.float64))
 
     @classmethod
@@ -319,16 +319,12 @@ def _vector(name: str, values: Floats) -> FloatArray:
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1 or len(vector) == 0:
         raise PlanError(f"{name} must be a vector [T] with T >= 1, not of shape {vector.shape}")
-    _require(bool(np.all(np.isfinite(vector))), name, "finite", vector)
+    _require(np.isfinite(vector), name, "finite", vector)
     return vector
 
 
-def _inside(values: FloatArray) -> bool:
-    return bool(np.all((values > 0) & (values < 1)))
-
-
-def _require(holds: bool, name: str, rule: str, values: FloatArray) -> None:
-    if not holds:
+def _require(holds: Array, name: str, rule: str, values: FloatArray) -> None:
+    if not holds.all():
         raise PlanError(f"{name} must be {rule} at every timestep, not {_brief(values)}")
 
 

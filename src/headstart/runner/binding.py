@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +58,9 @@ registrations.register_module_buffer_registration_hook(_REGISTRATIONS)
 registrations.register_module_module_registration_hook(_REGISTRATIONS)
 
 
-class _Generation(NamedTuple):
-    """A count over all modules: while it is equal, nothing was registered on any."""
-
-    registrations: int
-    hooks: int
-
-    @classmethod
-    def now(cls) -> _Generation:
-        return cls(_REGISTRATIONS.count, RemovableHandle.next_id)
+def _generation() -> tuple[int, int]:
+    """Counts of registrations and hooks: while they are equal, none was added to any module."""
+    return _REGISTRATIONS.count, RemovableHandle.next_id
 
 
 class Binding:
@@ -90,13 +84,13 @@ class Binding:
         self._addresses = list(map(_address, self._weights))
         self._hooked = [ref for ref, table in zip(self._hooks, hooks, strict=True) if table]
         self._numbers = _numbers(self._hooked)
-        self._generation: _Generation = _Generation.now()
+        self._generation: tuple[int, int] = _generation()
         self._launches = 0
         self._state = self._full_state()
 
     def is_valid(self, *, fully: bool = False) -> bool:
         """Whether nothing has changed; `fully` compares everything."""
-        now, self._launches = _Generation.now(), self._launches + 1
+        now, self._launches = _generation(), self._launches + 1
         if fully or now != self._generation or self._launches >= FULL_CHECK:
             self._generation, self._launches = now, 0
             return self._full_state() == self._state
