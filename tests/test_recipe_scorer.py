@@ -102,7 +102,7 @@ def test_top1_counts_the_pictures_that_are_ranked_right(
 
     share = recipe.top1(First(), pool, CONCEPTS)  # pyright: ignore[reportArgumentType]
     assert share == pytest.approx(1 / len(CONCEPTS))
-    by_colour = recipe.top1(First(), pool, CONCEPTS, ask="colour")  # pyright: ignore[reportArgumentType]
+    by_colour = recipe.top1(First(), pool, CONCEPTS, attribute="colour")  # pyright: ignore[reportArgumentType]
     assert by_colour == pytest.approx(1 / len(PALETTE))
 
 

@@ -94,25 +94,25 @@ def path(name: str) -> Path:
     entries = manifest().files
     entry = next((e for e in entries if name in (e.role, e.file)), None)
     if entry is None:
-        known = ", ".join(e.role for e in entries)
-        raise WeightsError(f"no bundled file is called {name!r}: expected one of {known}")
-    found = _folder() / entry.file
-    if not found.is_file():
-        raise WeightsError(f"{found} is missing: {_REMEDY}")
-    size = found.stat().st_size
+        roles = ", ".join(e.role for e in entries)
+        raise WeightsError(f"no bundled file is called {name!r}: expected one of {roles}")
+    file = _folder() / entry.file
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing: {_REMEDY}")
+    size = file.stat().st_size
     if size != entry.size_bytes:
-        raise WeightsError(f"{found} has {size} bytes, expected {entry.size_bytes}: {_REMEDY}")
-    return found
+        raise WeightsError(f"{file} has {size} bytes, expected {entry.size_bytes}: {_REMEDY}")
+    return file
 
 
 def verify() -> None:
     """Read every bundled file and compare its SHA-256. Raises WeightsError naming the first bad."""
     for entry in manifest().files:
-        found = path(entry.file)
-        with found.open("rb") as stream:
+        file = path(entry.file)
+        with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != entry.sha256:
-            raise WeightsError(f"{found} has sha256 {digest}, expected {entry.sha256}: {_REMEDY}")
+            raise WeightsError(f"{file} has sha256 {digest}, expected {entry.sha256}: {_REMEDY}")
 
 
 _REMEDY = (

@@ -41,15 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module, function = stage.target.split(":")
     call = getattr(import_module(f"headstart_weights.recipe.{module}"), function)
     minutes = stage.minutes if options.minutes is None else options.minutes
-    call(
-        StageOptions(
-            work=options.work,
-            minutes=minutes,
-            steps=options.steps,
-            seed=options.seed,
-            keep=options.keep,
-        )
-    )
+    work, steps, seed, keep = options.work, options.steps, options.seed, options.keep
+    call(StageOptions(work=work, minutes=minutes, steps=steps, seed=seed, keep=keep))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from headstart.errors import InputError
 from headstart_weights.recipe.concepts import Concept
 
 SPRITE_SIZE = 96
-DRAWN_SIZE = 192  # drawn larger, so that cropping to the visible box never enlarges
+RENDER_SIZE = 192  # larger than a sprite, so that cropping to the visible box never enlarges
 VISIBLE_ALPHA = 8
 
 log = logging.getLogger(__name__)
@@ -91,13 +91,13 @@ class Sprites:
 
     def only(self, concepts: Iterable[str]) -> Sprites:
         """The sprites of these concepts, order kept."""
-        wanted = frozenset(concepts)
-        keep = [i for i, label in enumerate(self.labels) if label.concept in wanted]
-        return Sprites(self.images[keep], tuple(self.labels[i] for i in keep))
+        names = frozenset(concepts)
+        indices = [i for i, label in enumerate(self.labels) if label.concept in names]
+        return Sprites(self.images[indices], tuple(self.labels[i] for i in indices))
 
 
 class IconFile:
-    """One opened package: icons by a name without punctuation, in the iconify JSON format."""
+    """One icon_sets package: icons by a name without punctuation, in the iconify JSON format."""
 
     def __init__(self, icons: dict[str, Any]) -> None:
         self.icons = icons
@@ -112,16 +112,16 @@ class IconFile:
 
     def svg(self, name: str) -> str | None:
         """A standalone SVG of `name`, or None if the set has no such icon."""
-        own_name = self.names.get(_plain(name))
-        if own_name is None:
+        icon_name = self.names.get(_plain(name))
+        if icon_name is None:
             return None
-        icon = self.icons["icons"][own_name]
+        icon = self.icons["icons"][icon_name]
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", self.icons.get("width", 16))
         height = icon.get("height", self.icons.get("height", 16))
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'width="{DRAWN_SIZE}" height="{DRAWN_SIZE}" '
+            f'width="{RENDER_SIZE}" height="{RENDER_SIZE}" '
             f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
         )
 
@@ -157,21 +157,22 @@ def crop_sprite(drawing: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if len(rows) == 0:
         raise InputError("the drawing shows nothing: check the SVG and the renderer")
     box = drawing[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    side = max(box.shape[:2])
-    square = np.zeros((side, side, 4), np.uint8)
-    top, left = (side - box.shape[0]) // 2, (side - box.shape[1]) // 2
-    square[top : top + box.shape[0], left : left + box.shape[1]] = box
+    height, width = box.shape[:2]
+    size = max(height, width)
+    square = np.zeros((size, size, 4), np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = box
     resized = Image.fromarray(square).resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS)
     return np.asarray(resized)
 
 
 def draw_sprites(concepts: Iterable[Concept], sets: Iterable[tuple[IconSet, IconFile]]) -> Sprites:
     """Every concept from every set that has it, concepts first."""
-    opened = tuple(sets)
+    icon_sets = tuple(sets)
     images: list[NDArray[np.uint8]] = []
     labels: list[SpriteLabel] = []
     for concept in concepts:
-        for icon_set, icons in opened:
+        for icon_set, icons in icon_sets:
             svg = icons.svg(concept.icon_in(icon_set.vendor))
             if svg is not None:
                 images.append(crop_sprite(draw_svg(svg)))
@@ -226,12 +227,14 @@ def data_files(folder: Path, *names: str) -> list[Path]:
 
 def _npm_pack(icon_set: IconSet, folder: Path) -> None:
     npm = shutil.which("npm")
-    wanted = f"{icon_set.package}@{icon_set.version}"
+    package = f"{icon_set.package}@{icon_set.version}"
     if npm is None:
-        raise InputError(f"`npm` is not installed: install it, or put {wanted} in {folder} by hand")
+        raise InputError(
+            f"`npm` is not installed: install it, or put {package} in {folder} by hand"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    log.info("fetching %s", wanted)
-    subprocess.run([npm, "pack", "--silent", wanted], cwd=folder, check=True, capture_output=True)
+    log.info("fetching %s", package)
+    subprocess.run([npm, "pack", "--silent", package], cwd=folder, check=True, capture_output=True)
 
 
 def _member(tarball: Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from headstart.networks.unet import UNet
 from headstart.plan.schedule import Spacing, grid
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.dataset import Dataset, load_dataset
-from headstart_weights.recipe.diffusion import PARAMS, noised, stratified_timesteps, write_sheet
+from headstart_weights.recipe.diffusion import PARAMS, add_noise, stratified_timesteps, write_sheet
 from headstart_weights.recipe.optimiser import MuonAdam
 from headstart_weights.recipe.tokenizer import load_tokenizer
 from headstart_weights.recipe.training import Average, Run, write_tensors
@@ -34,18 +34,18 @@ def train(options: StageOptions) -> None:
     data = load_dataset(options.work)
     latents = codec.Posterior.of(codec.load(options.work), data.images)
     unet, text = UNet(PARAMS), language.Language(load_tokenizer(options.work))
-    both = nn.ModuleDict({"unet": unet, "text": text})
+    modules = nn.ModuleDict({"unet": unet, "text": text})
     optimiser = MuonAdam(
-        both, lr=0.015, adam_lr=2e-3, keep_adam=("embedding", "conv_in", "conv_out")
+        modules, lr=0.015, adam_lr=2e-3, keep_adam=("embedding", "conv_in", "conv_out")
     )
-    average = Average(both, 0.999)
-    run = Run("base", options, {"both": both}, [optimiser], average)
+    average = Average(modules, 0.999)
+    run = Run("base", options, {"both": modules}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
-        chosen = torch.randint(len(latents.mean), (_BATCH,))
-        x0, timestep = latents.draw(chosen), stratified_timesteps(_BATCH)
-        x, v = noised(x0, timestep)
-        cond = Conditioning(text(captions_of(data, chosen)))
+        indices = torch.randint(len(latents.mean), (_BATCH,))
+        x0, timestep = latents.draw(indices), stratified_timesteps(_BATCH)
+        x, v = add_noise(x0, timestep)
+        cond = Conditioning(text(captions_of(data, indices)))
         loss = (unet(x, timestep, cond) - v).square().mean()
         scale = min(1.0, (index + 1) / 50) * min(1.0, (1 - fraction) / _ANNEAL) + 0.003
         optimiser.descend(loss, scale)
@@ -67,20 +67,17 @@ def train(options: StageOptions) -> None:
 
 
 def captions_of(data: Dataset, indices: Tensor) -> list[str]:
-    """A caption of each picture; which attributes it names is drawn anew."""
+    """A caption of each picture, each with a new random choice of attributes."""
     rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
     return [data.caption(i, rng) for i in indices.tolist()]
 
 
 def _write(average: Average, work: Path, step: int) -> None:
-    values = average.values
-    unet = {k.removeprefix("unet."): v for k, v in values.items() if k.startswith("unet.")}
-    prefix = "text.transformer."
-    text = {
-        "text_model." + k.removeprefix(prefix).removeprefix("text_model."): v
-        for k, v in values.items()
-        if k.startswith(prefix)
-    }
+    unet, text = (
+        {k.removeprefix(prefix): v for k, v in average.values.items() if k.startswith(prefix)}
+        for prefix in ("unet.", "text.transformer.")
+    )
+    text = {"text_model." + k.removeprefix("text_model."): v for k, v in text.items()}
     write_tensors(unet, work / "base.safetensors", {"steps": str(step)})
     write_tensors(text, work / "text.safetensors", {"steps": str(step)})
 

@@ -22,7 +22,7 @@ class Concept(NamedTuple):
         return self.in_fxemoji if vendor == FXEMOJI else self.icon
 
     @staticmethod
-    def read(text: str) -> Concept:
+    def parse(text: str) -> Concept:
         """`name`, `name=icon`, or either with `/icon of fxemoji` behind it."""
         common, _, in_fxemoji = text.partition("/")
         name, _, icon = common.partition("=")
@@ -44,10 +44,10 @@ _TABLE = """
     gift=wrapped-gift/wrappedpresent, umbrella, house/housewithgarden, car=automobile, sailboat,
     soccer ball, light bulb, cup of coffee=hot-beverage
 """
-CONCEPTS = tuple(Concept.read(entry.strip()) for entry in _TABLE.split(","))
+CONCEPTS = tuple(Concept.parse(entry.strip()) for entry in _TABLE.split(","))
 
 # Distinct at 64 px and present in four or more of the five sets; the others widen what the codec
-# and the scorer see.
+# and the scorer are trained on.
 PAIR_CONCEPTS: tuple[str, ...] = (
     *("fox", "cat", "dog", "panda", "koala", "tiger", "rabbit", "frog", "pig", "owl", "penguin"),
     *("ladybug", "sunflower", "tulip", "cherry blossom", "cactus", "mushroom", "apple"),

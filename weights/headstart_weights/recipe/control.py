@@ -30,7 +30,7 @@ from headstart.interfaces import Conditioning
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet
 from headstart_weights.recipe.dataset import STYLES, Dataset, compose_caption, load_dataset
-from headstart_weights.recipe.diffusion import GRID, noised, stratified_timesteps
+from headstart_weights.recipe.diffusion import GRID, add_noise, stratified_timesteps
 from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 SCALE = 0.25  # alpha/rank: the released sliders have alpha 1 and rank 4
@@ -84,24 +84,24 @@ class Trainer:
         self.data = load_dataset(options.work)
         self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
         self.text = language.load(options.work).requires_grad_(False)
-        self.chosen = torch.tensor(pictures_of(self.data, control.style))
+        self.pictures = torch.tensor(pictures_of(self.data, control.style))
 
     def loss(self) -> Tensor:
         batch = _BATCH if self.control.style is None else _STYLE_BATCH
-        picked = self.chosen[torch.randint(len(self.chosen), (batch,))]
-        x0, timestep = self.latents.draw(picked), self._timesteps(batch)
-        x, target = noised(x0, timestep)
-        concepts = [self.data.items[i].concept for i in picked.tolist()]
+        indices = self.pictures[torch.randint(len(self.pictures), (batch,))]
+        x0, timestep = self.latents.draw(indices), self._timesteps(batch)
+        x, target = add_noise(x0, timestep)
+        concepts = [self.data.items[i].concept for i in indices.tolist()]
         strength = torch.ones(batch, 1)
         if self.control.style is None:
             strength = REACH * (2 * torch.rand(batch, 1) - 1)
-            target = self._directed(x, timestep, concepts, strength)
+            target = self._slider_target(x, timestep, concepts, strength)
         context = self._context(concepts, {})
         cond = Conditioning(context, strengths=strength, adapters=self.adapters)
         return (self.unet(x, timestep, cond) - target).square().mean()
 
     def _timesteps(self, batch: int) -> Tensor:
-        """A student has learned its own grid only."""
+        """A student is trained on its own grid only."""
         if self.control.model == "base":
             return stratified_timesteps(batch)
         return torch.tensor(GRID)[torch.randint(len(GRID), (batch,))]
@@ -111,16 +111,16 @@ class Trainer:
             return self.text([compose_caption(name, **ending) for name in concepts])
 
     @torch.no_grad()
-    def _directed(
+    def _slider_target(
         self, x: Tensor, timestep: Tensor, concepts: list[str], strength: Tensor
     ) -> Tensor:
         """The slider's target, from the network without it: three captions in one call."""
         endings = ({}, self.control.plus, self.control.minus)
         context = torch.cat([self._context(concepts, ending) for ending in endings])
-        off = torch.zeros(3 * len(x), 1)
-        plain = Conditioning(context, strengths=off, adapters=self.adapters)
-        own, plus, minus = self.unet(x.repeat(3, 1, 1, 1), timestep.repeat(3), plain).chunk(3)
-        return own + self.control.eta * strength[:, :, None, None] * (plus - minus)
+        zeros = torch.zeros(3 * len(x), 1)
+        cond = Conditioning(context, strengths=zeros, adapters=self.adapters)
+        neutral, plus, minus = self.unet(x.repeat(3, 1, 1, 1), timestep.repeat(3), cond).chunk(3)
+        return neutral + self.control.eta * strength[:, :, None, None] * (plus - minus)
 
 
 def train_slots(unet: nn.Module, rank: int) -> tuple[Snapshot, nn.ModuleDict]:
@@ -135,31 +135,31 @@ def train_slots(unet: nn.Module, rank: int) -> tuple[Snapshot, nn.ModuleDict]:
         if ".attn" in path or (".resnets." in path and len(shape) == 4)
     }
     adapters = from_deltas(unet, _NAME, deltas)
-    (part,) = adapters.parts(unet)
-    assert isinstance(part, Slots)
-    for slot in part.by_path.values():
+    (slots,) = adapters.parts(unet)
+    assert isinstance(slots, Slots)
+    for slot in slots.by_path.values():
         for name in ("down", "up"):
             values = getattr(slot, name)
             delattr(slot, name)
             slot.register_parameter(name, nn.Parameter(values))
-    return adapters, nn.ModuleDict({k.replace(".", "_"): s for k, s in part.by_path.items()})
+    return adapters, nn.ModuleDict({k.replace(".", "_"): s for k, s in slots.by_path.items()})
 
 
 def pictures_of(data: Dataset, style: str | None) -> list[int]:
     """The numbers of the pictures in a style, or of all."""
     styles = [style if style is None else STYLES.get(item.vendor) for item in data.items]
-    return [number for number, drawn in enumerate(styles) if drawn == style]
+    return [number for number, item_style in enumerate(styles) if item_style == style]
 
 
 def kohya_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names as released sliders have them: lora_unet_<path>.lora_down.weight, .lora_up, .alpha."""
     tensors: dict[str, Tensor] = {}
     for key, value in values.items():
-        path, _, part = key.rpartition(".")
+        path, _, matrix = key.rpartition(".")
         name, down = "lora_unet_" + path, values[f"{path}.down"]
-        if part == "up" and down.ndim == 4:
+        if matrix == "up" and down.ndim == 4:
             value = value[:, :, None, None]
-        tensors[f"{name}.lora_{part}.weight"] = value
+        tensors[f"{name}.lora_{matrix}.weight"] = value
         tensors[f"{name}.alpha"] = torch.tensor(SCALE * len(down))
     return tensors
 

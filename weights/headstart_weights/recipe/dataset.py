@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """What one picture shows: caption noun, artwork, background name, mirrored or not."""
+    """What one picture shows: caption noun, artwork, background colour, mirrored or not."""
 
     concept: str
     vendor: str
@@ -79,11 +79,11 @@ class Dataset:
         sprites: Sprites, *, concepts: Sequence[str] | None = PAIR_CONCEPTS, seed: int = 0
     ) -> Dataset:
         """Every sprite of `concepts` (None: all) on every background, both ways round, shuffled."""
-        chosen = sprites if concepts is None else sprites.only(concepts)
+        subset = sprites if concepts is None else sprites.only(concepts)
         rng = np.random.default_rng(seed)
         images: list[NDArray[np.uint8]] = []
         items: list[Item] = []
-        for sprite, label in zip(chosen.images, chosen.labels, strict=True):
+        for sprite, label in zip(subset.images, subset.labels, strict=True):
             for colour in PALETTE:
                 for flip in (False, True):
                     images.append(render_image(sprite, colour, flip, rng))
@@ -149,8 +149,8 @@ def draw_background(colour: tuple[int, int, int], rng: np.random.Generator) -> N
 
 def main(options: StageOptions) -> None:
     """The `data` stage: sprites of both kinds, the pair's pictures and the wide pictures."""
-    opened = [(entry, fetch_icon_set(entry, options.work / "npm")) for entry in ICON_SETS]
-    sprites = draw_sprites(CONCEPTS, opened)
+    icon_sets = [(entry, fetch_icon_set(entry, options.work / "npm")) for entry in ICON_SETS]
+    sprites = draw_sprites(CONCEPTS, icon_sets)
     save_sprites(sprites, options.work, "sprites", ICON_SETS)
     held_out = [(HELD_OUT_SET, fetch_icon_set(HELD_OUT_SET, options.work / "npm"))]
     save_sprites(draw_sprites(CONCEPTS, held_out), options.work, "held_out", [HELD_OUT_SET])
@@ -166,7 +166,7 @@ def _scaled(sprite: NDArray[np.uint8]) -> NDArray[np.float32]:
     return _scaled_bytes(sprite.tobytes(), sprite.shape)
 
 
-@lru_cache(maxsize=4)  # a sprite is asked for once a background, in a row
+@lru_cache(maxsize=4)  # a sprite is scaled once for all its backgrounds
 def _scaled_bytes(pixels: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
     image = Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape))
     resized = image.resize((SUBJECT_SIZE, SUBJECT_SIZE), Image.Resampling.HAMMING)

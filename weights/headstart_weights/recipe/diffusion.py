@@ -53,7 +53,7 @@ def mix(timestep: Tensor) -> Mix:
     return Mix(alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt())
 
 
-def noised(x0: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+def add_noise(x0: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """x_t with new noise, and its v; [B, C, h, w] each."""
     (a, s), eps = mix(timestep), torch.randn_like(x0)
     return a * x0 + s * eps, a * eps - s * x0
@@ -61,8 +61,8 @@ def noised(x0: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
 
 def stratified_timesteps(batch: int, low: int = 0, high: int = STEPS) -> Tensor:
     """One timestep from each of `batch` equal parts of [low, high)."""
-    places = (torch.arange(batch) + torch.rand(1)) / batch
-    return (low + places * (high - low)).long().clamp(low, high - 1)
+    positions = (torch.arange(batch) + torch.rand(1)) / batch
+    return (low + positions * (high - low)).long().clamp(low, high - 1)
 
 
 def predict_x0(
@@ -79,8 +79,8 @@ def predict_x0(
         v = unet(x, timestep, Conditioning(context))
     else:
         assert empty is not None
-        both = Conditioning(torch.cat([empty.expand_as(context), context]))
-        v_empty, v_cond = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+        cond = Conditioning(torch.cat([empty.expand_as(context), context]))
+        v_empty, v_cond = unet(torch.cat([x, x]), timestep.repeat(2), cond).chunk(2)
         v = v_empty + guidance * (v_cond - v_empty)
     a, s = mix(timestep)
     return a * x - s * v
@@ -106,10 +106,10 @@ def rollout(
     """Deterministic trajectory from x at timesteps[0]; returns the last x0."""
     x0 = x
     for t, following in zip_longest(timesteps, timesteps[1:]):
-        now = torch.full((len(x),), t)
-        x0 = predict_x0(unet, x, now, context, empty=empty, guidance=guidance)
+        timestep = torch.full((len(x),), t)
+        x0 = predict_x0(unet, x, timestep, context, empty=empty, guidance=guidance)
         if following is not None:
-            x = euler_step(x, x0, now, torch.full((len(x),), following))
+            x = euler_step(x, x0, timestep, torch.full((len(x),), following))
     return x0
 
 

@@ -33,9 +33,9 @@ from headstart_weights.recipe.dataset import load_dataset
 from headstart_weights.recipe.diffusion import (
     GRID,
     LATENT_SHAPE,
+    add_noise,
     euler_step,
     mix,
-    noised,
     predict_x0,
     stratified_timesteps,
     write_sheet,
@@ -61,9 +61,9 @@ class Variant:
     noised_pictures: float
     """Share of the student's later steps that start from a noised picture."""
     between: Between = "euler"
-    """How the student's own earlier steps follow one another: the noise is kept, or drawn anew."""
+    """Whether the student's steps keep their noise ("euler") or draw new noise ("renoise")."""
     landing: bool = False
-    """Whether the first step is taught to land where the teacher lands, and not matched."""
+    """Whether the first step is trained to end where the teacher does, and not matched."""
     fake_updates: int = 2
     lr: float = 3e-4
 
@@ -99,11 +99,11 @@ class Distiller:
         self.fake_optimiser = _adam(self.fake, 2 * variant.lr)
 
     def step(self, index: int, fraction: float) -> dict[str, float]:
-        chosen = torch.randint(len(self.latents.mean), (_BATCH,))
+        indices = torch.randint(len(self.latents.mean), (_BATCH,))
         with torch.no_grad():
-            context = self.text(captions_of(self.data, chosen))
+            context = self.text(captions_of(self.data, indices))
             number = int(torch.randint(len(GRID), (1,)))  # one for the whole batch
-            x = self.start(number, chosen, context)
+            x = self.start(number, indices, context)
         x0 = predict_x0(self.student, x, _at(number), context)
         landing = number == 0 and self.variant.landing
         loss = self._landing_loss(x, x0, context) if landing else self._matching_loss(x0, context)
@@ -112,15 +112,15 @@ class Distiller:
             descend(self.student_optimiser, loss, self.variant.lr * scale)
         if landing:
             return {"landing": loss.item()}
-        drawn = x0.detach()
-        fake = [self._teach_fake(drawn, context) for _ in range(self.variant.fake_updates)]
-        return {"matching": loss.item(), "fake": fake[-1], "spread": drawn.std().item()}
+        output = x0.detach()
+        fake = [self._update_fake(output, context) for _ in range(self.variant.fake_updates)]
+        return {"matching": loss.item(), "fake": fake[-1], "spread": output.std().item()}
 
-    def start(self, number: int, chosen: Tensor, context: Tensor) -> Tensor:
+    def start(self, number: int, indices: Tensor, context: Tensor) -> Tensor:
         """Where the student's step at GRID[number] begins, [B, C, h, w]."""
         x = self.follow(torch.randn(_BATCH, *LATENT_SHAPE), context, number)
         if number > 0 and self.variant.noised_pictures > 0:
-            pictures, _ = noised(self.latents.draw(chosen), _at(number))
+            pictures, _ = add_noise(self.latents.draw(indices), _at(number))
             pick = torch.rand(_BATCH, 1, 1, 1) < self.variant.noised_pictures
             x = torch.where(pick, pictures, x)
         return x
@@ -133,7 +133,7 @@ class Distiller:
             if self.variant.between == "euler":
                 x = euler_step(x, x0, _at(i), _at(i + 1))
             else:
-                x, _ = noised(x0, _at(i + 1))
+                x, _ = add_noise(x0, _at(i + 1))
         return x
 
     def _landing_loss(self, x: Tensor, x0: Tensor, context: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ class Distiller:
 
         Its gradient, clipped at a norm of 1, is about that long; the matching's has 0.2 to 1.1.
         """
-        aim = first_target(self.teacher, x, context, self.empty, self.variant.between)
-        return ((x0 - aim) / mix(_at(0)).noise).square().mean()
+        expected = first_target(self.teacher, x, context, self.empty, self.variant.between)
+        return ((x0 - expected) / mix(_at(0)).noise).square().mean()
 
     def _matching_loss(self, x0: Tensor, context: Tensor) -> Tensor:
         """0.5*|x0 - stop(x0 - grad)|^2, so that d loss/d x0 = grad, normalised a sample."""
         with torch.no_grad():
             timestep = stratified_timesteps(_BATCH, 20, 980)
-            x, _ = noised(x0, timestep)
+            x, _ = add_noise(x0, timestep)
             empty, guidance = self.empty, self.variant.guidance
             real = predict_x0(self.teacher, x, timestep, context, empty=empty, guidance=guidance)
             fake = predict_x0(self.fake, x, timestep, context)
@@ -156,9 +156,9 @@ class Distiller:
             target = x0 - (fake - real) / scale
         return 0.5 * (x0 - target).square().mean()
 
-    def _teach_fake(self, x0: Tensor, context: Tensor) -> float:
+    def _update_fake(self, x0: Tensor, context: Tensor) -> float:
         timestep = stratified_timesteps(_BATCH)
-        x, v = noised(x0, timestep)
+        x, v = add_noise(x0, timestep)
         loss = (self.fake(x, timestep, Conditioning(context)) - v).square().mean()
         descend(self.fake_optimiser, loss, 2 * self.variant.lr)
         return loss.item()
@@ -177,11 +177,11 @@ def first_target(
                land, and the one above is read off the middle of the leg, blurred by noise that the
                teacher has removed at its end
     """
-    landed = land(teacher, x, 0, context, empty, LANDING_STEPS)
+    endpoint = land(teacher, x, 0, context, empty, LANDING_STEPS)
     if between == "euler":
-        return target(x, landed, 0)
-    now = torch.full((len(x),), GRID[1])
-    return predict_x0(teacher, landed, now, context, empty=empty, guidance=GUIDANCE)
+        return target(x, endpoint, 0)
+    timestep = torch.full((len(x),), GRID[1])
+    return predict_x0(teacher, endpoint, timestep, context, empty=empty, guidance=GUIDANCE)
 
 
 def student_name(variant: Variant, seed: int) -> str:
@@ -196,8 +196,8 @@ def _at(number: int) -> Tensor:
 
 def _first_student(options: StageOptions, variant: Variant, teacher: UNet) -> UNet:
     """What an earlier run wrote, else the teacher."""
-    written = options.work / f"{student_name(variant, options.seed)}.safetensors"
-    return load_unet(written) if written.exists() else copy.deepcopy(teacher)
+    path = options.work / f"{student_name(variant, options.seed)}.safetensors"
+    return load_unet(path) if path.exists() else copy.deepcopy(teacher)
 
 
 def _adam(unet: UNet, lr: float) -> torch.optim.AdamW:

@@ -67,9 +67,9 @@ def base_tensors(
 ) -> dict[str, Tensor]:
     """One LDM file's tensors: F16 weights, and the schedule in F32."""
     names, vae_names = unet_to_ldm(unet), vae_to_ldm(vae)
-    absent = sorted({*unet, *vae} - {*names, *vae_names})
-    if absent:
-        raise InputError(f"tensors without an LDM name: {absent[:3]}: extend headstart.keymap")
+    unnamed = sorted({*unet, *vae} - {*names, *vae_names})
+    if unnamed:
+        raise InputError(f"tensors without an LDM name: {unnamed[:3]}: extend headstart.keymap")
     tensors = {f"model.diffusion_model.{names[k]}": v for k, v in unet.items()}
     tensors |= {f"first_stage_model.{vae_names[k]}": _ldm_matrix(k, v) for k, v in vae.items()}
     tensors |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}
@@ -97,8 +97,7 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     data = bytearray()
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in order:
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name].contiguous()
         begin = len(data)
         data += tensor.numpy().tobytes()
@@ -120,23 +119,23 @@ def export(work: Path, folder: Path) -> None:
     distilled = pair | {"headstart.timesteps": grid, "headstart.update": "euler"}
     scorer = {"format": "pt", TOKENIZER_KEY: tokenizer}
     base = base_tensors(
-        _part(work, "base"), _part(work, "codec"), _part(work, "text"), DEMO_SCHEDULE
+        _tensors(work, "base"), _tensors(work, "codec"), _tensors(work, "text"), DEMO_SCHEDULE
     )
     blobs = {
         "base": serialise(base, pair | {TOKENIZER_KEY: tokenizer}),
-        "distilled": serialise(half(_part(work, "student")), distilled),
-        "distilled_unguided": serialise(half(_part(work, "control")), distilled),
-        "tiny_decoder": serialise(half(_part(work, "tiny")), {"format": "pt"}),
-        "scorer": serialise(half(_part(work, "scorer")), scorer),
-        "reference": serialise(_part(work, "reference"), {"format": "pt"}),
+        "distilled": serialise(half(_tensors(work, "student")), distilled),
+        "distilled_unguided": serialise(half(_tensors(work, "control")), distilled),
+        "tiny_decoder": serialise(half(_tensors(work, "tiny")), {"format": "pt"}),
+        "scorer": serialise(half(_tensors(work, "scorer")), scorer),
+        "reference": serialise(_tensors(work, "reference"), {"format": "pt"}),
     }
     for name in SHIPPED:
-        trained = {"format": "pt", "headstart.trained_on": CONTROLS[name].model}
-        blobs[name] = serialise(half(_part(work, name)), trained)
+        metadata = {"format": "pt", "headstart.trained_on": CONTROLS[name].model}
+        blobs[name] = serialise(half(_tensors(work, name)), metadata)
     total = sum(map(len, blobs.values()))
     if total > _MAX_TOTAL_BYTES:
         raise InputError(f"the files have {total} bytes, expected at most {_MAX_TOTAL_BYTES}")
-    record = manifest_record(blobs, _numbers(work, "linear_rgb"), _numbers(work, "scorer"))
+    record = manifest_record(blobs, _json(work, "linear_rgb"), _json(work, "scorer"))
     for role, blob in blobs.items():
         write_atomically(folder / _file_name(role), lambda part, blob=blob: part.write_bytes(blob))
     write_text(folder / "manifest.json", json.dumps(record, indent=1) + "\n")
@@ -174,16 +173,16 @@ def main(options: StageOptions) -> None:
     export(options.work, Path(__file__).parents[1])
 
 
-def _part(work: Path, name: str) -> dict[str, Tensor]:
-    file = Checkpoint((_trained(work / f"{name}.safetensors"),))
+def _tensors(work: Path, name: str) -> dict[str, Tensor]:
+    file = Checkpoint((_existing(work / f"{name}.safetensors"),))
     return {name: file.tensor(name) for name in file.names}
 
 
-def _numbers(work: Path, name: str) -> Any:
-    return json.loads(_trained(work / f"{name}.json").read_text())
+def _json(work: Path, name: str) -> Any:
+    return json.loads(_existing(work / f"{name}.json").read_text())
 
 
-def _trained(path: Path) -> Path:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"no {path}: run the stages of the recipe in order first")
     return path

@@ -41,8 +41,8 @@ class Language(nn.Module):
 
         @lru_cache(maxsize=65536)
         def token_ids(prompt: str) -> list[int]:
-            words = tokenizer.encode(prompt, add_special_tokens=False).ids[: POSITIONS - 2]
-            return [start, *words, *[end] * (POSITIONS - 1 - len(words))]
+            ids = tokenizer.encode(prompt, add_special_tokens=False).ids[: POSITIONS - 2]
+            return [start, *ids, *[end] * (POSITIONS - 1 - len(ids))]
 
         self._ids = token_ids
 

@@ -32,27 +32,28 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class MuonAdam:
-    """One optimiser over a module; `keep_adam` names parameters that stay with AdamW.
+    """One optimiser over a module.
 
-    `scale` multiplies both learning rates, so a schedule is one number.
+    `keep_adam`: parts of the names of parameters that stay with AdamW. `scale` multiplies both
+    learning rates, so a schedule is one number.
     """
 
     def __init__(
         self, module: nn.Module, *, lr: float, adam_lr: float, keep_adam: Iterable[str] = ()
     ) -> None:
-        names = tuple(keep_adam)
+        fragments = tuple(keep_adam)
         groups: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
-        rest: list[nn.Parameter] = []
+        adam: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
-            if parameter.ndim < 2 or any(part in name for part in names):
-                rest.append(parameter)
+            if parameter.ndim < 2 or any(fragment in name for fragment in fragments):
+                adam.append(parameter)
             else:
                 groups[parameter.shape[0], parameter[0].numel()].append(parameter)
         self._groups = dict(groups)
         self._momentum = {shape: torch.zeros(len(ps), *shape) for shape, ps in groups.items()}
         self._lr, self._adam_lr = lr, adam_lr
         self._adam = torch.optim.AdamW(
-            rest, lr=adam_lr, betas=_ADAM_BETAS, weight_decay=0.0, fused=True
+            adam, lr=adam_lr, betas=_ADAM_BETAS, weight_decay=0.0, fused=True
         )
         self._parameters = list(module.parameters())
 
@@ -82,5 +83,5 @@ class MuonAdam:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._adam.load_state_dict(state["adam"])
-        for mine, saved in zip(self._momentum.values(), state["momentum"], strict=True):
-            mine.copy_(saved)
+        for momentum, values in zip(self._momentum.values(), state["momentum"], strict=True):
+            momentum.copy_(values)

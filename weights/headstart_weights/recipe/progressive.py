@@ -5,9 +5,9 @@ teacher lands after `SUB_STEPS` steps (progressive distillation, arXiv:2202.0051
 
     x0* = (x' - (s'/s)*x) / (a' - (s'/s)*a)          loss = max(1, a^2/s^2) * |x0 - x0*|^2
 
-Nothing in it seeks modes, and the teacher draws no noise: what distribution matching loses and
-this student keeps is lost to the matching, not to the four steps. It does not ship; `headstart
-study --distilled` measures it.
+Nothing in it seeks modes, and the teacher draws no noise: diversity that distribution matching
+loses and this student keeps is lost to the matching, not to the four steps. It does not ship;
+`headstart study --distilled` measures it.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def land(
     """x at GRID[leg] -> where the guided teacher's `count` steps end: a state, at last an x0."""
     times = (*substeps(leg, count), *GRID[leg + 1 : leg + 2])
     for number in range(count):
-        now = torch.full((len(x),), times[number])
-        x0 = predict_x0(teacher, x, now, context, empty=empty, guidance=GUIDANCE)
+        timestep = torch.full((len(x),), times[number])
+        x0 = predict_x0(teacher, x, timestep, context, empty=empty, guidance=GUIDANCE)
         if number + 1 == len(times):
             return x0
-        x = euler_step(x, x0, now, torch.full((len(x),), times[number + 1]))
+        x = euler_step(x, x0, timestep, torch.full((len(x),), times[number + 1]))
     return x
 
 
@@ -81,32 +81,32 @@ def teach(teacher: UNet, x: Tensor, context: Tensor, empty: Tensor) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def target(x: Tensor, landed: Tensor, leg: int) -> Tensor:
-    """The x0 whose step from x ends at `landed`; at the end of GRID that is `landed` itself."""
+def target(x: Tensor, endpoint: Tensor, leg: int) -> Tensor:
+    """The x0 whose step from x ends at `endpoint`; on the last leg that is `endpoint` itself."""
     if leg + 1 == len(GRID):
-        return landed
+        return endpoint
     a, s = mix(torch.tensor([GRID[leg]]))
     a_next, s_next = mix(torch.tensor([GRID[leg + 1]]))
-    return (landed - s_next / s * x) / (a_next - s_next / s * a)
+    return (endpoint - s_next / s * x) / (a_next - s_next / s * a)
 
 
 def load_pool(options: StageOptions) -> Pool:
     """The teacher's trajectories, drawn part by part, and only those that the folder lacks."""
     folder = options.work / "trajectories"
     folder.mkdir(exist_ok=True)
-    missing = [n for n in range(PARTS) if not _part(folder, n).exists()]
+    missing = [n for n in range(PARTS) if not _pool_file(folder, n).exists()]
     if missing:
         data, text = load_dataset(options.work), language.load(options.work)
         teacher = load_unet(options.work / "base.safetensors")
         for number in missing:
             torch.manual_seed(options.seed + 1_000_000 + number)
-            chosen = torch.randint(len(data), (PART,))
+            indices = torch.randint(len(data), (PART,))
             with torch.no_grad():
-                context, empty = text(captions_of(data, chosen)), text([""])
+                context, empty = text(captions_of(data, indices)), text([""])
             states = teach(teacher, torch.randn(PART, *LATENT_SHAPE), context, empty)
-            write_tensors({"states": states, "context": context}, _part(folder, number), {})
+            write_tensors({"states": states, "context": context}, _pool_file(folder, number), {})
             log.info("trajectories: %d of %d", (number + 1) * PART, PARTS * PART)
-    parts = [Pool(**load_file(_part(folder, n))) for n in range(PARTS)]
+    parts = [Pool(**load_file(_pool_file(folder, n))) for n in range(PARTS)]
     return Pool(torch.cat([p.states for p in parts]), torch.cat([p.context for p in parts]))
 
 
@@ -121,21 +121,20 @@ def main(options: StageOptions) -> None:
     def step(index: int, fraction: float) -> dict[str, float]:
         leg = int(torch.randint(len(GRID), (1,)))
         rows = torch.randint(len(pool.states), (_BATCH,))
-        x, landed = pool.states[rows, leg], pool.states[rows, leg + 1]
+        x, endpoint = pool.states[rows, leg], pool.states[rows, leg + 1]
         x0 = predict_x0(student, x, torch.full((_BATCH,), GRID[leg]), pool.context[rows])
         a, s = mix(torch.tensor([GRID[leg]]))
         weight = (a / s).square().clamp_min(1.0)
-        loss = (weight * (x0 - target(x, landed, leg)).square()).mean()
+        loss = (weight * (x0 - target(x, endpoint, leg)).square()).mean()
         descend(optimiser, loss, _LR * min(1.0, (index + 1) / 50, (1 - fraction) / 0.6))
         return {"loss": loss.item()}
 
     run.loop(step, save_every_s=60.0)
     path = options.work / f"{NAME}.safetensors"
     write_tensors(average.values, path, {"steps": str(run.step)})
-    vae = codec.load(options.work)
-    text = language.load(options.work)
+    vae, text = codec.load(options.work), language.load(options.work)
     write_sheet(load_unet(path), text, vae, GRID, options.work / f"{NAME}_{run.step:06d}.png")
 
 
-def _part(folder: Path, number: int) -> Path:
+def _pool_file(folder: Path, number: int) -> Path:
     return folder / f"{number:03d}.safetensors"

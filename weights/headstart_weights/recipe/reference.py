@@ -24,8 +24,8 @@ def main(options: StageOptions) -> None:
     """The `reference` stage: writes `reference.safetensors`, mean [D] and covariance [D, D]."""
     scorer = load_scorer(options.work / "scorer.safetensors")
     images = load_dataset(options.work).images
-    parts = [scorer.features(to_pixels(images[i : i + 64])) for i in range(0, len(images), 64)]
-    features = torch.cat(parts).double()
+    batches = (images[i : i + 64] for i in range(0, len(images), 64))
+    features = torch.cat([scorer.features(to_pixels(batch)) for batch in batches]).double()
     tensors = {"mean": features.mean(0).float(), "covariance": torch.cov(features.T).float()}
     write_tensors(tensors, options.work / "reference.safetensors", {"pictures": str(len(images))})
     log.info("reference: features of %d pictures", len(images))

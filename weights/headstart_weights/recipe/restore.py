@@ -26,7 +26,7 @@ _PARTS: dict[str, tuple[str, PartName]] = {
     "text": ("base", "text"),
     "tiny": ("tiny_decoder", "tiny"),
 }
-_WHOLE = ("scorer", "reference")
+_FILES = ("scorer", "reference")
 _NUMBERS = ("linear_rgb", "scorer_top1")
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ def restore(work: Path) -> None:
         _write(work / f"{name}.safetensors", load_unet(_path(role)).state_dict())
     _write(work / "codec.safetensors", load_vae(_path("base")).state_dict())
     for name, (role, part) in _PARTS.items():
-        found = Checkpoint.open(_path(role), part).parts()[part]
-        tensors = {key: found.tensor(key).float() for key in found.shapes}
+        network = Checkpoint.open(_path(role), part).parts()[part]
+        tensors = {key: network.tensor(key).float() for key in network.shapes}
         _write(work / f"{name}.safetensors", tensors)
     _write_text(work / "tokenizer.json", Checkpoint((_path("base"),)).metadata[TOKENIZER_KEY])
-    for name in (*_WHOLE, *headstart_weights.manifest().controls):
+    for name in (*_FILES, *headstart_weights.manifest().controls):
         file = Checkpoint((_path(name),))
         _write(work / f"{name}.safetensors", {k: file.tensor(k).float() for k in file.names})
     manifest = json.loads((_path("base").parent / "manifest.json").read_text(encoding="utf-8"))

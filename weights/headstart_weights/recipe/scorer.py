@@ -78,12 +78,12 @@ class Pool:
     def of(sprites: Sprites, concepts: Sequence[str]) -> Pool:
         names = [label.concept for label in sprites.labels]
         vendors = list(STYLES)
-        favour = [PAIR_WEIGHT if name in PAIR_CONCEPTS else 1.0 for name in names]
+        weights = [PAIR_WEIGHT if name in PAIR_CONCEPTS else 1.0 for name in names]
         return Pool(
             sprite_tensor(sprites.images),
             torch.tensor([concepts.index(name) for name in names]),
             torch.tensor([_index(vendors, label.vendor) for label in sprites.labels]),
-            torch.tensor([w / names.count(n) for w, n in zip(favour, names, strict=True)]),
+            torch.tensor([w / names.count(n) for w, n in zip(weights, names, strict=True)]),
             tuple(concepts),
         )
 
@@ -98,7 +98,7 @@ class Heads(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
 
     def loss(self, features: Tensor, labels: Labels) -> Tensor:
-        parts = [
+        losses = [
             F.cross_entropy(
                 head(HEAD_GAIN * features),
                 getattr(labels, name),
@@ -107,21 +107,22 @@ class Heads(nn.Module):
             )
             for name, head in self.heads.items()
         ]
-        return torch.stack(parts).sum()
+        return torch.stack(losses).sum()
 
 
 def draw_batch(pool: Pool, rng: np.random.Generator) -> tuple[Tensor, Labels, list[str], Tensor]:
     """Augmented pixels, labels, captions, and which caption fits which picture: bool [B, B]."""
-    picks = torch.multinomial(pool.weight, BATCH, replacement=True)
+    indices = torch.multinomial(pool.weight, BATCH, replacement=True)
     colour = torch.randint(len(PALETTE), (BATCH,))
     named = torch.rand(BATCH) >= UNKNOWN_COLOUR_PROBABILITY
     colours = torch.where(named[:, None], palette_tensor()[colour], torch.rand(BATCH, 3))
-    labels = Labels(pool.concept[picks], pool.vendor[picks], torch.where(named, colour, IGNORED))
+    colour = torch.where(named, colour, IGNORED)
+    labels = Labels(pool.concept[indices], pool.vendor[indices], colour)
     with_style = torch.as_tensor(rng.random(BATCH) < STYLE_PROBABILITY) & (labels.vendor >= 0)
     with_colour = torch.as_tensor(rng.random(BATCH) < BACKGROUND_PROBABILITY) & named
     captions = _captions(pool.concepts, labels, with_style, with_colour)
     return (
-        draw(pool.sprites[picks], colours, STRONG),
+        draw(pool.sprites[indices], colours, STRONG),
         labels,
         captions,
         _fits(labels, with_style, with_colour),
@@ -146,10 +147,10 @@ def train(pool: Pool, tokenizer: Tokenizer, options: StageOptions) -> Scorer:
     scorer = Scorer(ScorerParams(vocabulary=tokenizer.get_vocab_size()), tokenizer)
     nn.init.normal_(scorer.text.bias, std=0.02)
     heads = Heads(scorer.params.features, len(pool.concepts))
-    both = nn.ModuleDict({"scorer": scorer, "heads": heads})
-    optimiser = MuonAdam(both, lr=0.02, adam_lr=3e-3, keep_adam=("text.tokens", "stem", "heads"))
+    modules = nn.ModuleDict({"scorer": scorer, "heads": heads})
+    optimiser = MuonAdam(modules, lr=0.02, adam_lr=3e-3, keep_adam=("text.tokens", "stem", "heads"))
     average = Average(scorer, 0.995)
-    run = Run("scorer", options, {"both": both}, [optimiser], average)
+    run = Run("scorer", options, {"both": modules}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
         rng = np.random.default_rng((options.seed, index))
@@ -175,37 +176,37 @@ def top1(
     among: Sequence[str],
     *,
     strength: Strength = NONE,
-    ask: str = "concept",
+    attribute: str = "concept",
     seed: int = 10_000,
 ) -> float:
-    """Share of renderings ranked right: every sprite of `among` on all eight backgrounds.
+    """Share of renderings whose caption ranks first: all sprites of `among` on all backgrounds.
 
-    ask "concept": `a fox` against the other nouns. ask "colour" or "style": the right noun with the
-    right attribute against the noun with the others.
+    attribute "concept": `a fox` against the other nouns; "colour" or "style": the right noun with
+    the right attribute against the noun with the others.
     """
     torch.manual_seed(seed)
-    keep = [i for i, c in enumerate(pool.concept) if pool.concepts[c] in among]
-    truths: list[Tensor] = []
+    rows = [i for i, c in enumerate(pool.concept) if pool.concepts[c] in among]
+    is_first: list[Tensor] = []
     for index, name in enumerate(PALETTE):
-        colours = palette_tensor()[index].expand(len(keep), 3)
-        pixels = draw(pool.sprites[keep], colours, strength)
-        truths.append(_right(scorer, pool, keep, pixels, among, ask, name))
-    return torch.cat(truths).float().mean().item()
+        colours = palette_tensor()[index].expand(len(rows), 3)
+        pixels = draw(pool.sprites[rows], colours, strength)
+        is_first.append(_is_first(scorer, pool, rows, pixels, among, attribute, name))
+    return torch.cat(is_first).float().mean().item()
 
 
-def validate(scorer: Scorer, seen: Pool, unseen: Pool) -> dict[str, float]:
+def validate(scorer: Scorer, train_pool: Pool, test_pool: Pool) -> dict[str, float]:
     """Top-1 on new renderings of trained artwork, and on artwork never trained on."""
-    pair, wide = PAIR_CONCEPTS, seen.concepts
+    pair, wide = PAIR_CONCEPTS, train_pool.concepts
     return {
-        "seen_pair": top1(scorer, seen, pair),
-        "seen_pair_degraded": top1(scorer, seen, pair, strength=MILD),
-        "seen_wide": top1(scorer, seen, wide),
-        "seen_colour": top1(scorer, seen, pair, ask="colour"),
-        "seen_style": top1(scorer, seen, pair, ask="style"),
-        "unseen_pair": top1(scorer, unseen, pair),
-        "unseen_pair_degraded": top1(scorer, unseen, pair, strength=MILD),
-        "unseen_wide": top1(scorer, unseen, wide),
-        "unseen_colour": top1(scorer, unseen, pair, ask="colour"),
+        "seen_pair": top1(scorer, train_pool, pair),
+        "seen_pair_degraded": top1(scorer, train_pool, pair, strength=MILD),
+        "seen_wide": top1(scorer, train_pool, wide),
+        "seen_colour": top1(scorer, train_pool, pair, attribute="colour"),
+        "seen_style": top1(scorer, train_pool, pair, attribute="style"),
+        "unseen_pair": top1(scorer, test_pool, pair),
+        "unseen_pair_degraded": top1(scorer, test_pool, pair, strength=MILD),
+        "unseen_wide": top1(scorer, test_pool, wide),
+        "unseen_colour": top1(scorer, test_pool, pair, attribute="colour"),
     }
 
 
@@ -213,10 +214,11 @@ def main(options: StageOptions) -> None:
     """The `scorer` stage: writes scorer.safetensors and scorer.json (accuracies)."""
     sprites, held_out = load_sprites(options.work), load_sprites(options.work, "held_out")
     concepts = tuple(dict.fromkeys(label.concept for label in sprites.labels))
-    seen, unseen = Pool.of(sprites, concepts), Pool.of(held_out, concepts)
-    scorer = train(seen, load_tokenizer(options.work), options)
+    train_pool, test_pool = Pool.of(sprites, concepts), Pool.of(held_out, concepts)
+    scorer = train(train_pool, load_tokenizer(options.work), options)
     save(scorer, options.work / "scorer.safetensors")
-    report = {name: round(value, 4) for name, value in validate(scorer, seen, unseen).items()}
+    accuracies = validate(scorer, train_pool, test_pool)
+    report = {name: round(value, 4) for name, value in accuracies.items()}
     write_text(options.work / "scorer.json", json.dumps(report, indent=1))
     log.info("scorer: %s", report)
 
@@ -227,27 +229,27 @@ def save(scorer: Scorer, path: Path) -> None:
     write_tensors(tensors, path, {TOKENIZER_KEY: scorer.tokenizer.to_str()})
 
 
-def _right(
+def _is_first(
     scorer: Scorer,
     pool: Pool,
-    keep: Sequence[int],
+    rows: Sequence[int],
     pixels: Tensor,
     among: Sequence[str],
-    ask: str,
+    attribute: str,
     colour: str,
 ) -> Tensor:
-    nouns = [pool.concepts[int(pool.concept[i])] for i in keep]
-    if ask == "concept":
+    nouns = [pool.concepts[int(pool.concept[i])] for i in rows]
+    if attribute == "concept":
         best = scorer.rank(pixels, [compose_caption(name) for name in among])[:, 0]
         return best == torch.tensor([list(among).index(noun) for noun in nouns])
-    if ask == "colour":
-        names, truths = list(PALETTE), [list(PALETTE).index(colour)] * len(keep)
+    if attribute == "colour":
+        names, expected = list(PALETTE), [list(PALETTE).index(colour)] * len(rows)
         options = [[compose_caption(noun, colour=name) for name in names] for noun in nouns]
     else:
-        names, truths = list(STYLES.values()), [int(pool.vendor[i]) for i in keep]
+        names, expected = list(STYLES.values()), [int(pool.vendor[i]) for i in rows]
         options = [[compose_caption(noun, style=name) for name in names] for noun in nouns]
     best = [scorer.rank(p[None], o)[0, 0] for p, o in zip(pixels, options, strict=True)]
-    return torch.stack(best) == torch.tensor(truths)
+    return torch.stack(best) == torch.tensor(expected)
 
 
 def _captions(
@@ -265,7 +267,7 @@ def _captions(
 
 
 def _fits(labels: Labels, with_style: Tensor, with_colour: Tensor) -> Tensor:
-    """Picture i (row) fits caption j (column) if every attribute that j tells is i's."""
+    """Picture i (row) fits caption j (column) if every attribute that j names is i's."""
     same_style = labels.vendor[:, None] == labels.vendor
     same_colour = labels.colour[:, None] == labels.colour
     return (

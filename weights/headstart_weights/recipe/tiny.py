@@ -47,10 +47,10 @@ class LinearFit(NamedTuple):
 
 def draw_latents(moments: Posterior, batch: int = BATCH) -> Tensor:
     """Posterior samples [B, 4, 16, 16], some blended with another, some made stronger."""
-    one, other = (moments.draw(torch.randint(len(moments.mean), (batch,))) for _ in range(2))
+    latents, partners = (moments.draw(torch.randint(len(moments.mean), (batch,))) for _ in range(2))
     share = torch.rand(batch, 1, 1, 1) * (torch.rand(batch, 1, 1, 1) < BLENDED)
     gain = 1 + (STRONGEST - 1) * torch.rand(batch, 1, 1, 1) * (torch.rand(batch, 1, 1, 1) < STRONG)
-    return gain * (one + 0.5 * share * (other - one))
+    return gain * (latents + 0.5 * share * (partners - latents))
 
 
 def train(vae: Vae, moments: Posterior, options: StageOptions) -> TinyDecoder:
@@ -80,10 +80,9 @@ def train(vae: Vae, moments: Posterior, options: StageOptions) -> TinyDecoder:
 def fit_linear(latents: Tensor, pixels: Tensor) -> LinearFit:
     """Least squares in float64: latents [N, C, h, w], pixels [N, 3, f*h, f*w] averaged to h x w."""
     cells = F.interpolate(pixels, latents.shape[2:], mode="area")
-    known = latents.double().movedim(1, -1).flatten(0, 2)
-    known = torch.cat([known, torch.ones_like(known[:, :1])], dim=1)
-    wanted = cells.double().movedim(1, -1).flatten(0, 2)
-    solution = torch.as_tensor(np.linalg.lstsq(known.numpy(), wanted.numpy(), rcond=None)[0])
+    inputs, targets = (t.double().movedim(1, -1).flatten(0, 2) for t in (latents, cells))
+    inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
+    solution = torch.as_tensor(np.linalg.lstsq(inputs.numpy(), targets.numpy(), rcond=None)[0])
     return LinearFit(solution[:-1], solution[-1])
 
 
@@ -123,5 +122,5 @@ def measure(vae: Vae, decoder: TinyDecoder, linear: LinearFit, data: Dataset) ->
 def _other_concepts(work: Path) -> Dataset:
     """256 pictures of concepts outside the pair's."""
     wide = load_dataset(work, "wide")
-    keep = [i for i, item in enumerate(wide.items) if item.concept not in PAIR_CONCEPTS][:256]
-    return Dataset(wide.images[keep], tuple(wide.items[i] for i in keep))
+    indices = [i for i, item in enumerate(wide.items) if item.concept not in PAIR_CONCEPTS][:256]
+    return Dataset(wide.images[indices], tuple(wide.items[i] for i in indices))

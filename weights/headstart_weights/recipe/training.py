@@ -24,8 +24,7 @@ from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_atomically
 
 StepFunction = Callable[[int, float], dict[str, float]]
-"""(step, fraction of the time box spent) -> numbers to log, not of every step the same ones."""
-
+"""(step, fraction of the time box spent) -> numbers to log, which may differ from step to step."""
 
 SEED_STRIDE = 1_000_003
 """More than any run has steps; torch's CPU generator reads 32 bits of a seed."""
@@ -40,22 +39,22 @@ class Average:
     """Exponential moving average of a module, with a warm-up that forgets the start."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self._live = dict(module.named_parameters())
+        self._parameters = dict(module.named_parameters())
         self._decay = decay
-        self.values = {name: p.detach().clone() for name, p in self._live.items()}
+        self.values = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self._decay, 1.0 - 1.0 / (step / 8 + 1))
-        for name, live in self._live.items():
-            self.values[name].lerp_(live, 1.0 - decay)
+        for name, parameter in self._parameters.items():
+            self.values[name].lerp_(parameter, 1.0 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         module.load_state_dict(self.values, strict=False)
 
 
 class Run:
-    """One stage: all of it is checkpointed, and `average` is what it is for."""
+    """One stage: all of its state is checkpointed, and `average` is its result."""
 
     def __init__(
         self,
@@ -84,8 +83,8 @@ class Run:
         on_step: Callable[[], None] | None = None,
     ) -> None:
         numbers: dict[str, list[float]] = defaultdict(list)
-        saved = time.monotonic()
-        while (fraction := self._spent()) < 1.0:
+        last_save = time.monotonic()
+        while (fraction := self._fraction()) < 1.0:
             begin = time.monotonic()
             torch.manual_seed(SEED_STRIDE * self.seed + self.step)
             for key, value in step(self.step, fraction).items():
@@ -98,14 +97,14 @@ class Run:
             if self.step % log_every == 0:
                 self._write_log({key: fmean(values) for key, values in numbers.items()})
                 numbers.clear()
-            if time.monotonic() - saved > save_every_s:
+            if time.monotonic() - last_save > save_every_s:
                 self._save()
                 if on_save:
                     on_save()
-                saved = time.monotonic()
+                last_save = time.monotonic()
         self._save()
 
-    def _spent(self) -> float:
+    def _fraction(self) -> float:
         if self._steps is not None:
             return self.step / self._steps if self._steps else 1.0
         return self.elapsed_s / self._budget_s if self._budget_s else 1.0
@@ -131,8 +130,8 @@ class Run:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         for key, module in self._modules.items():
             module.load_state_dict(state["modules"][key])
-        for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        for optimiser, values in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(values)
         (average,) = state["averages"].values()
         for name, value in average.items():
             self._average.values[name].copy_(value)
@@ -151,5 +150,5 @@ def descend(optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, then rename it into place."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda part: save_file(whole, part, metadata=dict(metadata)))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda part: save_file(contiguous, part, metadata=dict(metadata)))

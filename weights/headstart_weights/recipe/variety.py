@@ -43,15 +43,15 @@ def train(options: StageOptions, adapter: str) -> None:
     teacher = load_unet(options.work / "base.safetensors").requires_grad_(False)
     data, text = load_dataset(options.work), language.load(options.work).requires_grad_(False)
     adapters, slots = train_slots(unet, RANK)
-    empty, now = text([""]), torch.full((_BATCH,), GRID[0])
-    a, s = mix(now)
+    empty, timestep = text([""]), torch.full((_BATCH,), GRID[0])
+    a, s = mix(timestep)
 
     def loss_of() -> Tensor:
         context = text(captions_of(data, torch.randint(len(data), (_BATCH,))))
         x = torch.randn(_BATCH, *LATENT_SHAPE)
-        aim = (a * x - first_target(teacher, x, context, empty, variant.between)) / s
+        target = (a * x - first_target(teacher, x, context, empty, variant.between)) / s
         cond = Conditioning(context, strengths=torch.ones(_BATCH, 1), adapters=adapters)
-        return (unet(x, now, cond) - aim).square().mean()
+        return (unet(x, timestep, cond) - target).square().mean()
 
     train_adapter(options, name, slots, loss_of, _LR, student)
 
