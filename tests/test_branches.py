@@ -172,6 +172,24 @@ def test_a_switch_to_a_model_of_another_prediction_keeps_the_boundary_and_levels
     assert other.steps == whole.steps
 
 
+def test_a_switch_to_an_edm_model_and_back_has_the_scalings_of_each() -> None:
+    """On Playground's schedule the latents have a standard deviation of 0.5."""
+    weights = SimpleNamespace(
+        predictions={"base": hs.Prediction.EDM, "distilled": hs.Prediction.EPS},
+        schedules={
+            "base": hs.NoiseSchedule.edm(0.1, 14.0, 0.5),
+            "distilled": hs.NoiseSchedule.scaled_linear(),
+        },
+    )
+    plan = hs.Plan((hs.Leg(model="distilled", sigmas=(10.0, 5.0, 1.0)),))
+    table = plan.compile(weights.schedules, prediction=weights.predictions)
+    other = changed(table, 1, weights, model="base")
+    expected = replace(plan.legs[0], model="base")
+    base = hs.Plan((expected,)).compile(weights.schedules, prediction=weights.predictions)
+    assert other.steps[1:] == base.steps[1:]
+    assert changed(other, 1, weights, model="distilled").steps == table.steps
+
+
 def test_a_row_that_looked_back_on_another_model_becomes_first_order() -> None:
     leg = hs.Leg(model="base", steps=6, update="dpmpp_2m")
     table = hs.Plan((leg,)).compile(DEMO_SCHEDULE, prediction=hs.Prediction.V)

@@ -57,12 +57,7 @@ def check_run(
     if images > 1 or grid:
         content = f"{images} images" if images > 1 else "an image and its grid"
         raise InputError(f"{str(path)!r} is one file, and this is {content}: give a folder")
-    if path.exists() and not (overwrite and path.is_file()):
-        raise InputError(
-            f"{str(path)!r} exists: choose another --out, or give --overwrite (in Python "
-            "overwrite=True)"
-        )
-    check_folder(path.parent, size_bytes=size_bytes)
+    check_file(path, size_bytes=size_bytes, overwrite=overwrite)
 
 
 def check_file(
@@ -79,7 +74,10 @@ def check_file(
     if path.exists() and not path.is_file():
         raise InputError(f"output {str(path)!r} is not a regular file: give a file name")
     if path.exists() and not overwrite:
-        raise InputError(f"{str(path)!r} exists: choose another output, or give --overwrite")
+        raise InputError(
+            f"{str(path)!r} exists: choose another output, or give --overwrite (in Python "
+            "overwrite=True)"
+        )
     check_folder(path.parent, size_bytes=size_bytes)
 
 

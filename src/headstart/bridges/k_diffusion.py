@@ -24,7 +24,7 @@ from headstart.interfaces import Conditioning, Denoiser, X0Denoiser
 from headstart.lazy import FloatArray
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.leg import PRINTED
-from headstart.plan.plan import Leg, Plan, StepTable, Update
+from headstart.plan.plan import Leg, Plan, StepTable, Update, sigma_data_of
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.spacing import Process, Spacing, real
@@ -245,7 +245,7 @@ class KDenoiser:
 
     def _scalings(self, levels: FloatArray, x: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
         """c_in, c_skip and c_out, each [B, 1, ...]."""
-        data = self.schedule.sigma_data if isinstance(self.schedule, EdmSchedule) else 1.0
+        data = sigma_data_of(self.schedule)
         rows = [self.prediction.scalings(level, data) for level in levels.tolist()]
         columns = torch.tensor(rows, dtype=wide, device=x.device).unbind(1)
         return tuple(column.view(-1, *[1] * (x.ndim - 1)) for column in columns)

@@ -90,7 +90,7 @@ class Plan:
         end_scale = 1.0
         if end and (self.start == "unit" or target is Prediction.FLOW):
             # For originals whose state is the network's input (see `StepTable`).
-            end_scale = target.scalings(end, _sigma_data(schedules[points[-1].leg.model])).c_in
+            end_scale = target.scalings(end, sigma_data_of(schedules[points[-1].leg.model])).c_in
         return StepTable(
             tuple(rows),
             start=self.start,
@@ -203,7 +203,8 @@ def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> No
         )
 
 
-def _sigma_data(schedule: Process) -> float:
+def sigma_data_of(schedule: Process) -> float:
+    """EDM's standard deviation of the latents, for `Prediction.scalings`; 1 on other schedules."""
     return schedule.sigma_data if isinstance(schedule, EdmSchedule) else 1.0
 
 
@@ -249,7 +250,7 @@ def _network(point: Point, schedule: Process, prediction: Prediction) -> tuple[f
             "prediction=Prediction.V if that is what it was trained for (arXiv:2305.08891, "
             "section 3.2)"
         )
-    scalings = prediction.scalings(sigma, _sigma_data(schedule))
+    scalings = prediction.scalings(sigma, sigma_data_of(schedule))
     if leg.boundary:
         scalings = consistency_boundary(scalings, timestep)
     if sigma == point.sigma:

@@ -23,6 +23,7 @@ from headstart.engine.pixels import decode_rgb, final_latents
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
+from headstart.plan.plan import sigma_data_of
 from headstart.plan.prediction import Scalings
 from headstart.plan.request import pair_up
 from headstart.plan.schedule import fingerprint_of
@@ -189,13 +190,15 @@ def check_heard(prompt: str, table: StepTable, first: int) -> None:
 def _switched(row: Step, model: str, weights: Pair) -> Step:
     """The row by another model; LCM's boundary stays folded in where it was."""
     timestep, schedule = row.timestep, weights.schedules[model]
-    if schedule != weights.schedules[row.model]:
+    row_schedule, row_prediction = weights.schedules[row.model], weights.predictions[row.model]
+    if schedule != row_schedule:
         timestep = schedule.timestep(row.sigma, "log")
-    old, new = weights.predictions[row.model], weights.predictions[model]
-    if old is new and timestep == row.timestep:
+    prediction = weights.predictions[model]
+    if prediction is row_prediction and timestep == row.timestep:
         return row._replace(model=model)
-    scalings = new.scalings(row.sigma)
-    if Scalings(row.c_in, row.c_skip, row.c_out) != old.scalings(row.sigma):
+    scalings = prediction.scalings(row.sigma, sigma_data_of(schedule))
+    expected = row_prediction.scalings(row.sigma, sigma_data_of(row_schedule))
+    if Scalings(row.c_in, row.c_skip, row.c_out) != expected:
         scalings = consistency_boundary(scalings, timestep)
     return row._replace(model=model, timestep=timestep, **scalings._asdict())
 
