@@ -48,8 +48,8 @@ from headstart.study.labels import Spot, name_spots
 from headstart.study.lists import DEMO, read_prompts
 from headstart.study.store import FORMAT, open_store
 from headstart.study.study import Study, draw, missing, report_of, share
+from headstart.sweep.gallery_features import read_reference
 from headstart.sweep.ledger import Shard
-from headstart.sweep.seen import read_reference
 from headstart_weights.recipe.dataset import load_dataset
 
 RUNS = (1, 2, 3)

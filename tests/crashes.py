@@ -26,7 +26,7 @@ import numpy as np
 from headstart.pictures.png import encode_png
 from headstart.sweep.jobs import Case
 from headstart.sweep.ledger import FORMAT, Shard, open_ledger, read_entries
-from headstart.sweep.sweep import Swept, sweep
+from headstart.sweep.sweep import SweepResult, sweep
 
 CASES = tuple(Case(n, f"prompt {n % 5}", 100 + n) for n in range(11))
 SETTINGS = {"format": FORMAT, "cases": len(CASES), "weights": {}}
@@ -43,7 +43,7 @@ def draw(cases: Sequence[Case]) -> list[bytes]:
     ]
 
 
-def run(folder: Path, shard: Shard = ALONE, slow_s: float = 0.0) -> Swept:
+def run(folder: Path, shard: Shard = ALONE, slow_s: float = 0.0) -> SweepResult:
     def slowly(cases: Sequence[Case]) -> list[bytes]:
         time.sleep(slow_s)
         return draw(cases)

@@ -17,9 +17,9 @@ from headstart.metrics.metrics import diversity, vendi
 from headstart.pictures.png import encode_png
 from headstart.sweep.evaluation import contrast, evaluate
 from headstart.sweep.gallery import load_rgb, read_gallery, read_pictures
+from headstart.sweep.gallery_features import extract_features, read_reference
 from headstart.sweep.jobs import Case
 from headstart.sweep.ledger import FORMAT, Shard, open_ledger
-from headstart.sweep.seen import read_reference, see
 from headstart.sweep.sweep import sweep
 
 PROMPTS = ("a fox", "an owl", "a frog")
@@ -64,11 +64,11 @@ def test_an_unfinished_sweep_says_how_much_is_missing(tmp_path: Path) -> None:
 
 def test_the_numbers_are_those_of_the_metrics_by_prompt(tmp_path: Path) -> None:
     judge = open_features("colours")
-    seen = see(read_gallery(make_sweep(tmp_path / "a", 30.0)), judge)
+    seen = extract_features(read_gallery(make_sweep(tmp_path / "a", 30.0)), judge)
     other = make_sweep(tmp_path / "b", 10.0)
     reference = read_reference(str(other), judge)
     (row,) = evaluate([seen], judge, reference).rows
-    groups = seen.split(seen.features)
+    groups = seen.by_prompt(seen.features)
     assert [len(group) for group in groups] == [4, 4, 4]
     varied, effective = row.variety.diversity, row.variety.vendi
     assert varied is not None and effective is not None and row.frechet is not None
@@ -81,8 +81,10 @@ def test_the_numbers_are_those_of_the_metrics_by_prompt(tmp_path: Path) -> None:
 
 def test_only_shared_prompts_and_seeds_are_paired(tmp_path: Path) -> None:
     judge = open_features("colours")
-    wide = see(read_gallery(make_sweep(tmp_path / "wide", 40.0)), judge)
-    part = see(read_gallery(make_sweep(tmp_path / "part", 10.0, world=3, ranks=2)), judge)
+    wide = extract_features(read_gallery(make_sweep(tmp_path / "wide", 40.0)), judge)
+    part = extract_features(
+        read_gallery(make_sweep(tmp_path / "part", 10.0, world=3, ranks=2)), judge
+    )
     found = contrast(wide, part, judge)
     assert found is not None and found.diversity is not None
     assert (found.prompts, found.images, found.score) == (3, 8, None)
@@ -133,7 +135,7 @@ def test_one_image_a_prompt_has_a_frechet_distance_and_no_diversity(tmp_path: Pa
             batch=6,
         )
     judge = open_features("colours")
-    seen = see(read_gallery(folder), judge)
+    seen = extract_features(read_gallery(folder), judge)
     (row,) = evaluate([seen], judge, read_reference(str(folder), judge)).rows
     assert row.variety.diversity is None and row.varied == 0
     assert row.frechet is not None and row.frechet.over_prompts is not None

@@ -188,7 +188,7 @@ def test_a_drawn_frechet_distance_is_that_of_the_images_repeated(width: int) -> 
         repeated = features.repeat(row.astype(int), axis=0)
         expected = _distance(repeated, reference)
         root = fidelity._root(reference.covariance)
-        found = fidelity._frechet_drawn(features, features @ root, row, reference)
+        found = fidelity._weighted_frechet(features, features @ root, row, reference)
         assert found == pytest.approx(expected, rel=1e-7)
 
 

@@ -19,7 +19,7 @@ from headstart.metrics.metrics import cosines, distances, diversity, vendi
 from headstart.metrics.resample import measure_diversity
 from headstart.spaces.extractor import Extractor
 from headstart.sweep.gallery import read_gallery
-from headstart.sweep.seen import read_reference, see
+from headstart.sweep.gallery_features import extract_features, read_reference
 from headstart.traces.structure import feature_space
 
 RGB = pictures(5, 64, 48)
@@ -86,7 +86,7 @@ def test_only_a_few_pictures_of_a_wide_space_are_kept_at_once(alex: Path) -> Non
         return features(rgb)
 
     row = features(RGB[:1]).shape[1] * 4
-    np.testing.assert_allclose(gram(counted, RGB, held_bytes=2 * row), whole, rtol=1e-12)
+    np.testing.assert_allclose(gram(counted, RGB, block_bytes=2 * row), whole, rtol=1e-12)
     assert most == 1  # each by itself in float64, and kept in float32
     assert held == 1 + (2 + 3) + (2 + 1) + 1  # two at a time, with all that come after them
 
@@ -147,5 +147,5 @@ def test_pictures_of_one_prompt_must_be_of_one_size_in_a_wide_space(
     Image.new("RGB", (96, 80)).save(folder / "000000.png")
     gallery = read_gallery(folder)
     with pytest.raises(InputError, match="'prompt 0' are 64x64 and 80x96 px"):
-        see(gallery, open_features(str(alex)))
-    assert see(gallery, open_features("colours")).features.shape == (5, 192)
+        extract_features(gallery, open_features(str(alex)))
+    assert extract_features(gallery, open_features("colours")).features.shape == (5, 192)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import InputError
-from headstart.sweep.jobs import MAX_LINE_BYTES, SHOWN, Case, batches, digest, read_cases
+from headstart.sweep.jobs import MAX_LINE_BYTES, MOST_MESSAGES, Case, batches, digest, read_cases
 
 HEADER = b"case_number,prompt,evaluation_seed\n"
 
@@ -94,7 +94,7 @@ def test_an_open_quote_is_told_where_it_opens(write) -> None:
 
 def test_a_long_list_of_problems_is_cut_and_counted(write) -> None:
     message = refusal(write(HEADER + b"".join(b"%d,,1\n" % n for n in range(50)))).splitlines()
-    assert len(message) == SHOWN + 2
+    assert len(message) == MOST_MESSAGES + 2
     assert message[-1].strip() == "and 30 more"
 
 

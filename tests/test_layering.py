@@ -52,7 +52,7 @@ TORCH_FREE = {
     *("traces.structure", "traces.timeline", "traces.strip", "traces.filmstrip"),
     *("traces.page", "traces.animation", "commands", "cli", "__main__"),
     *("pictures.inline", "study.digits", "study.table", "study.paper", "study.canvas"),
-    *("study.labels", "study.scatter", "study.courses", "study.figures", "study.page"),
+    *("study.labels", "study.scatter", "study.lines", "study.figures", "study.page"),
     *("study.pdf", "study.report"),
     *("headstart", "headstart_weights"),
 }

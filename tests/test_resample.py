@@ -10,7 +10,7 @@ import pytest
 from headstart.errors import InputError
 from headstart.metrics.metrics import diversity, vendi
 from headstart.metrics.resample import (
-    Measured,
+    PromptValues,
     bootstrap_mean,
     bootstrap_seeds,
     measure_diversity,
@@ -69,10 +69,10 @@ def test_a_mean_is_measured_as_its_own_formula_says() -> None:
     groups = [np.array([1.0, 2.0, 6.0]), np.array([4.0, 4.0, 4.0])]
     measured = measure_mean(groups)
     assert measured.values.tolist() == [3.0, 4.0]
-    assert (measured.drawn[1] == 4.0).all()
-    assert abs(measured.drawn[0].mean() - 3.0) < 5 * groups[0].std() / np.sqrt(3 * 2000)
+    assert (measured.draws[1] == 4.0).all()
+    assert abs(measured.draws[0].mean() - 3.0) < 5 * groups[0].std() / np.sqrt(3 * 2000)
     # the variance of a bootstrap mean is the population variance over n
-    assert measured.drawn[0].var() == pytest.approx(groups[0].var() / 3, rel=0.15)
+    assert measured.draws[0].var() == pytest.approx(groups[0].var() / 3, rel=0.15)
 
 
 def test_the_same_draws_are_made_for_two_plans_so_a_pair_cancels_what_they_share() -> None:
@@ -123,7 +123,7 @@ def test_one_prompt_has_an_interval_over_seeds_and_vendi_one_over_prompts() -> N
 
 def test_two_images_drawn_as_one_take_both() -> None:
     measured = measure_diversity([np.eye(2), np.eye(3)])
-    assert (measured.drawn == 1.0).all() and measured.drawn.shape == (2, 2000)
+    assert (measured.draws == 1.0).all() and measured.draws.shape == (2, 2000)
 
 
 def test_two_images_are_one_pair_and_have_no_interval_over_seeds() -> None:
@@ -155,5 +155,5 @@ def test_what_cannot_be_paired_or_resampled_is_refused() -> None:
         paired(measure_mean([np.ones(3)]), measure_mean([np.ones(3)] * 2))
     with pytest.raises(InputError, match="n >= 2"):
         measure_diversity([gaussian(1, 3)])
-    assert Measured(np.array([1.0, 3.0]), np.empty((2, 0))).mean == 2.0
+    assert PromptValues(np.array([1.0, 3.0]), np.empty((2, 0))).mean == 2.0
     assert diversity(gaussian(4, 3)) > 0

@@ -154,7 +154,7 @@ def test_a_cell_costs_the_passes_that_are_told(engine: hs.Engine, judge: Judge) 
     spy.remove()
     assert (
         sum(calls)
-        == Setting(engine, SEEDS, plans, judge).passes * len(YELLOW.every)
+        == Setting(engine, SEEDS, plans, judge).passes * len(YELLOW.all_strengths)
         == 2 * 3 * 3 * 3
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headstart.study.store import FORMAT, Arrays, open_store
-from headstart.study.study import Experiment, Left, Study, draw, jobs_of, missing, share
+from headstart.study.study import Experiment, Progress, Study, draw, jobs_of, missing, share
 from headstart.sweep.ledger import Shard
 
 SETTING = {"format": FORMAT}
@@ -86,12 +86,12 @@ def test_a_cell_of_another_identity_is_made_again(tmp_path: Path) -> None:
 
 
 def test_the_cells_of_one_prompt_are_beside_each_other() -> None:
-    numbers = [job.place.number for job in jobs_of(Counted().study())]
+    numbers = [job.key.number for job in jobs_of(Counted().study())]
     assert numbers == sorted(numbers)
 
 
 def test_time_left_is_the_passes_left_at_the_pace_so_far(tmp_path: Path) -> None:
-    progress: list[Left] = []
+    progress: list[Progress] = []
     with open_store(tmp_path, SETTING, Shard()) as store:
         draw(share(Counted().study(), store), store, lambda job, left: progress.append(left))
     assert [left.done for left in progress] == [1, 2, 3, 4, 5, 6]

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure as Drawing
 
 from headstart.errors import InputError
 from headstart.metrics.resample import Interval
-from headstart.study.canvas import OTHERS, PLANS, style
-from headstart.study.digits import interval, written
+from headstart.study.canvas import CYCLE, PLANS, style
+from headstart.study.digits import interval, interval_text
 from headstart.study.figures import Figure, check_figures, draw_figures
 from headstart.study.labels import Spot, name_spots, shared
 
@@ -44,7 +44,7 @@ def texts_of(svg: bytes) -> list[str]:
 
 
 def number(found: Any, factor: float = 1.0) -> str:
-    return written(interval(found, factor))
+    return interval_text(interval(found, factor))
 
 
 def test_every_part_of_a_report_has_its_figure_and_a_part_that_is_missing_has_none(
@@ -271,11 +271,11 @@ def test_the_three_main_plans_are_told_apart_by_every_eye_and_all_are_seen_on_wh
     }
     for a, b in itertools.combinations(colours.values(), 2):
         assert np.linalg.norm(a - b) > 40  # 2.3 is just seen
-    for mark in (*PLANS.values(), *OTHERS):
+    for mark in (*PLANS.values(), *CYCLE):
         assert lab(mark.colour, BLIND[eye])[0] < 70  # L* of white is 100
 
 
 def test_no_two_marks_are_told_apart_by_colour_alone() -> None:
-    for every in (PLANS.values(), OTHERS):
+    for every in (PLANS.values(), CYCLE):
         assert len({(mark.marker, str(mark.dash)) for mark in every}) == len(every)
         assert len({mark.marker for mark in every}) == len(every)

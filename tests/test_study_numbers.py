@@ -13,7 +13,7 @@ from headstart.spaces.extractor import Extractor
 from headstart.study.cases import Case
 from headstart.study.numbers import by_prompt, rows_of
 from headstart.study.store import Arrays
-from headstart.sweep.seen import Reference
+from headstart.sweep.gallery_features import Reference
 
 SPACE = Extractor("toy", lambda rgb: rgb.reshape(len(rgb), -1).astype(np.float64))
 CASES = {

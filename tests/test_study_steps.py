@@ -27,7 +27,7 @@ def test_parts_are_the_runs_x0_and_no_larger_than_asked(
     assert whole is not None
     monkeypatch.setattr(steps, "GROUP", 3 * PIXELS)
     monkeypatch.setattr(steps, "PART", 2 * PIXELS + 1)
-    parts = [*steps.Setting(engine, range(5), {}, JUDGE).each_part("a fox", table)]
+    parts = [*steps.Setting(engine, range(5), {}, JUDGE).x0_parts("a fox", table)]
     assert [part.shape[1] for part in parts] == [2, 1, 2]
     # a batch of another size rounds differently: 3e-6 of latents of about 1 were seen
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-4)
@@ -37,7 +37,7 @@ def test_a_picture_larger_than_the_bound_is_taken_alone(
     engine: hs.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "GROUP", 1)
-    assert [*steps.Setting(engine, range(7, 10), {}, JUDGE).grouped()] == [
+    assert [*steps.Setting(engine, range(7, 10), {}, JUDGE).seed_groups()] == [
         range(7, 8),
         range(8, 9),
         range(9, 10),
@@ -46,15 +46,15 @@ def test_a_picture_larger_than_the_bound_is_taken_alone(
 
 def test_no_seeds_are_refused(engine: hs.Engine) -> None:
     with pytest.raises(InputError, match="seed"):
-        next(steps.Setting(engine, [], {}, JUDGE).each_part("a fox", engine.compile("hybrid")))
+        next(steps.Setting(engine, [], {}, JUDGE).x0_parts("a fox", engine.compile("hybrid")))
 
 
 def test_a_score_is_the_same_one_phrase_at_a_time_and_all_at_once() -> None:
     judge = open_features("scorer")
     rgb = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     phrases = ("a fox", "an owl")
-    together = steps.scored(judge, phrases)(rgb)
-    apart = steps.scored(judge._replace(scores=None), phrases)(rgb)
+    together = steps.text_scorer(judge, phrases)(rgb)
+    apart = steps.text_scorer(judge._replace(scores=None), phrases)(rgb)
     assert together.shape == (3, 2)
     np.testing.assert_allclose(together, apart, atol=1e-6)
 
@@ -63,10 +63,10 @@ def test_a_judge_without_text_and_one_that_gives_nan_are_refused() -> None:
     with pytest.raises(
         InputError, match="structure-16x16, colours-8x8: nothing scores pictures with text"
     ):
-        steps.scored(open_features("structure"), ("a fox",))
+        steps.text_scorer(open_features("structure"), ("a fox",))
     broken = Judge((), lambda rgb, prompts: np.full(len(rgb), np.nan), "blind")
     with pytest.raises(InputError, match="blind gave scores that are not finite"):
-        steps.scored(broken, ("a fox",))(np.zeros((2, 8, 8, 3), np.uint8))
+        steps.text_scorer(broken, ("a fox",))(np.zeros((2, 8, 8, 3), np.uint8))
 
 
 def test_an_interval_is_over_prompts_and_has_no_ends_for_one() -> None:

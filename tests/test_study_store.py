@@ -9,11 +9,11 @@ import pytest
 
 from headstart.errors import InputError
 from headstart.pictures.png import encode_png
-from headstart.study.store import FORMAT, SETTINGS, Place, Store, open_store
+from headstart.study.store import FORMAT, SETTINGS, CellKey, Store, open_store
 from headstart.sweep.ledger import Shard
 
 SETTING = {"format": FORMAT, "weights": {"base": "a"}, "prompts": ["a fox"], "numbers": ["0"]}
-PLACE = Place("plans", "cads:0.25", 0)
+KEY = CellKey("plans", "cads:0.25", 0)
 ARRAYS = {"diversity@a:b": np.arange(3.0), "score": np.ones((2, 2), np.float32)}
 
 
@@ -24,9 +24,9 @@ def opened(folder: Path) -> Store:
 
 def test_a_cell_comes_back_as_it_was_written(tmp_path: Path) -> None:
     store = opened(tmp_path / "new")
-    assert store.read(PLACE, "one") is None
-    store.write(PLACE, "one", ARRAYS)
-    found = store.read(PLACE, "one")
+    assert store.read(KEY, "one") is None
+    store.write(KEY, "one", ARRAYS)
+    found = store.read(KEY, "one")
     assert found is not None and set(found) == set(ARRAYS)
     for name, values in ARRAYS.items():
         np.testing.assert_array_equal(found[name], values)
@@ -35,38 +35,38 @@ def test_a_cell_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_cell_of_another_identity_is_none(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    store.write(PLACE, "one", ARRAYS)
-    assert store.read(PLACE, "another") is None
+    store.write(KEY, "one", ARRAYS)
+    assert store.read(KEY, "another") is None
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 0.5, 0.99])
 def test_a_damaged_cell_is_none(tmp_path: Path, kept: float) -> None:
     store = opened(tmp_path)
-    store.write(PLACE, "one", ARRAYS)
-    path = tmp_path / PLACE.file
+    store.write(KEY, "one", ARRAYS)
+    path = tmp_path / KEY.file
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    assert store.read(PLACE, "one") is None
+    assert store.read(KEY, "one") is None
 
 
 def test_a_cell_with_flipped_bytes_is_none_or_as_it_was(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    store.write(PLACE, "one", ARRAYS)
-    path = tmp_path / PLACE.file
+    store.write(KEY, "one", ARRAYS)
+    path = tmp_path / KEY.file
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        found = store.read(PLACE, "one")
+        found = store.read(KEY, "one")
         for name, values in (found or {}).items():
             np.testing.assert_array_equal(values, ARRAYS[name])
 
 
 def test_an_object_in_a_cell_is_not_unpickled(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    path = tmp_path / PLACE.file
+    path = tmp_path / KEY.file
     path.parent.mkdir(parents=True)
     np.savez(path, identity=np.array("one"), score=np.array([{}], dtype=object))
-    assert store.read(PLACE, "one") is None
+    assert store.read(KEY, "one") is None
 
 
 def test_pictures_come_back_to_the_bit_and_a_missing_one_is_all_missing(tmp_path: Path) -> None:

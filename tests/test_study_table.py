@@ -9,7 +9,7 @@ import pytest
 import study_reports as reports
 
 from headstart.metrics.resample import Interval
-from headstart.study.digits import cell, interval, places, plain, write, written
+from headstart.study.digits import cell, interval, interval_text, places, plain, write
 from headstart.study.table import best_cases, blocks, cost_groups, main_cases, table
 
 
@@ -31,11 +31,11 @@ from headstart.study.table import best_cases, blocks, cost_groups, main_cases, t
 def test_a_number_has_the_digits_that_its_interval_supports(
     found: tuple[float, float, float], text: str
 ) -> None:
-    assert written(Interval(*found)) == text
+    assert interval_text(Interval(*found)) == text
 
 
 def test_a_number_that_is_not_known_is_a_dash() -> None:
-    assert written(None) == "-"
+    assert interval_text(None) == "-"
 
 
 def test_a_column_has_the_digits_of_its_median_interval() -> None:
@@ -60,7 +60,7 @@ def test_what_is_no_finite_number_is_not_known(found: object) -> None:
 @pytest.mark.parametrize("low", [None, math.nan, -math.inf, "1"])
 def test_an_interval_with_one_end_is_none(low: object) -> None:
     found = interval({"value": 1.0, "low": low, "high": 2.0})
-    assert found is not None and written(found) == "1"
+    assert found is not None and interval_text(found) == "1"
 
 
 def test_text_that_cannot_be_seen_or_spelt_is_written_as_its_escape() -> None:

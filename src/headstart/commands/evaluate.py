@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from headstart.metrics.resample import Interval, Paired
     from headstart.sweep.evaluation import Contrast, Evaluation, Row, Spread
     from headstart.sweep.gallery import Gallery
-    from headstart.sweep.seen import Reference
+    from headstart.sweep.gallery_features import Reference
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from headstart.metrics.judges import choose_judge
     from headstart.sweep.evaluation import evaluate
-    from headstart.sweep.seen import check_reference, read_reference, see
+    from headstart.sweep.gallery_features import check_reference, extract_features, read_reference
 
     judge, notes = choose_judge(_known(galleries, args.reference), args.features)
     for line in notes:
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.reference is not None:
         check_reference(judge)
     with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:
-        seen = [see(gallery, judge, bar.update) for gallery in galleries]
+        seen = [extract_features(gallery, judge, bar.update) for gallery in galleries]
     reference = None
     if args.reference is not None:
         with progress(None, "reference"):

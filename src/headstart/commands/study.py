@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from headstart.study.experiments import Attachable
     from headstart.study.setup import Request
-    from headstart.study.study import Job, Left
+    from headstart.study.study import Job, Progress
 
 GRID = ("preset", "steps", "timesteps", "sigmas", "update")
 QUICK_PROMPTS, QUICK_SEEDS = 4, 8
@@ -119,7 +119,7 @@ def _study(args: argparse.Namespace) -> int:
     with open_store(args.out, settings, shard) as store:
         if args.report and (left := missing(study, store)):
             raise InputError(
-                f"{len(left)} cells are missing, the first is {left[0].place.file}: leave "
+                f"{len(left)} cells are missing, the first is {left[0].key.file}: leave "
                 "--report out to draw them"
             )
         jobs = share(study, store)
@@ -260,20 +260,20 @@ def _pictures(
 
 
 @contextmanager
-def _drawing(jobs: Sequence[Job]) -> Generator[Callable[[Job, Left], None]]:
+def _drawing(jobs: Sequence[Job]) -> Generator[Callable[[Job, Progress], None]]:
     """What is left: a bar of network passes on a terminal, else a line a minute."""
     passes, last = sum(job.passes for job in jobs), time.monotonic()
     if jobs:
         note(f"{counted(len(jobs), 'cell')} to draw, {passes:.0f} network passes")
     with progress(round(passes), "drawing", " pass") as bar:
 
-        def show(job: Job, left: Left) -> None:
+        def show(job: Job, state: Progress) -> None:
             nonlocal last
             bar.update(job.passes)
             if not sys.stderr.isatty() and time.monotonic() - last >= TELL_EVERY_S:
                 last = time.monotonic()
-                about = "" if left.seconds is None else f", about {duration(left.seconds)} left"
-                note(f"{left.done} of {left.total} cells{about}")
+                about = "" if state.seconds is None else f", about {duration(state.seconds)} left"
+                note(f"{state.done} of {state.total} cells{about}")
 
         yield show
 

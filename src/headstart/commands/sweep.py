@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from headstart.diversify.method import Method
     from headstart.engine.engine import Engine
     from headstart.plan.table import StepTable
-    from headstart.sweep.sweep import Draw, Swept
+    from headstart.sweep.sweep import Draw, SweepResult
 
 BATCH = 16
 
@@ -213,7 +213,9 @@ def _drawing(work: _Work) -> Draw:
     return draw
 
 
-def _report(args: argparse.Namespace, done: Swept, cases: int, shard: tuple[int, int]) -> None:
+def _report(
+    args: argparse.Namespace, done: SweepResult, cases: int, shard: tuple[int, int]
+) -> None:
     rank, world = shard
     facts = {"out": str(args.out), "cases": cases, "rank": rank, "world": world, **done._asdict()}
     who = f"rank {rank} of {world}: " if world > 1 else ""

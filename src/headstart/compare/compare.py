@@ -1,4 +1,4 @@
-"""The main job: one prompt and the same seeds by base, distilled, hybrid and skip-first.
+"""One prompt and the same seeds by base, distilled, hybrid and skip-first.
 
 row = (network passes, seconds for all images, diversity in each space, Vendi, prompt score)
 """
@@ -22,7 +22,7 @@ from headstart.diversify.select import Select
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
-from headstart.metrics.metrics import vendi, word_of
+from headstart.metrics.metrics import diversity_heads, vendi, word_of
 from headstart.metrics.resample import Interval, bootstrap_seeds
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
@@ -46,14 +46,15 @@ class SeedVariety(NamedTuple):
     def of(cls, images: NDArray[np.uint8], extractor: Extractor) -> SeedVariety:
         features = group_features(extractor, images)
         several = len(features) > 1
-        varied = bootstrap_seeds(features, extractor.distance) if several else None
-        return cls(varied, vendi(features))
+        diversity = bootstrap_seeds(features, extractor.distance) if several else None
+        return cls(diversity, vendi(features))
 
     def to_json(self) -> dict[str, Any]:
-        own = self.diversity
+        value, *ends = self.diversity.rounded() if self.diversity else (None,)
+        has_ends = self.diversity is not None and self.diversity.has_ends
         return {
-            "diversity": None if own is None else round(own.value, 4),
-            "diversity_95": None if own is None or not own.has_ends else own.rounded()[1:],
+            "diversity": value,
+            "diversity_95": ends if has_ends else None,
             "vendi": round(self.vendi, 4),
         }
 
@@ -99,7 +100,7 @@ class Comparison:
     spaces: tuple[str, ...]
     """Extractors, the one of `diversity` first."""
     setting: str
-    """Where it ran, in words: device, threads, versions."""
+    """Device, threads and versions, in words."""
     distances: tuple[Distance, ...]
     """How features are compared in each of the spaces."""
     scored_by: str | None = None
@@ -118,22 +119,21 @@ class Comparison:
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        wide = max(12, *(len(outcome.name) + 2 for outcome in self.outcomes))
-        words = ("diversity", *map(word_of, self.spaces[1:]))
-        head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'':4}"
-        head += "".join(f"{word:>11}{'95 %':>16}" for word in words) + f"{'Vendi':>8}{'score':>8}"
-        lines = [head]
-        for own in self.outcomes:
-            line = f"{own.name:<{wide}}{own.passes:>8}{own.latency_s:>9.2f}{f' x{own.rounds}':<4}"
-            for diversity, _ in own.spaces.values():
+        width = max(12, *(len(outcome.name) + 2 for outcome in self.outcomes))
+        head = f"{'plan':<{width}}{'passes':>8}{'seconds':>9}{'':4}"
+        head += "".join(f"{word:>11}{'95 %':>16}" for word in diversity_heads(self.spaces))
+        lines = [head + f"{'Vendi':>8}{'score':>8}"]
+        for row in self.outcomes:
+            line = f"{row.name:<{width}}{row.passes:>8}{row.latency_s:>9.2f}{f' x{row.rounds}':<4}"
+            for diversity, _ in row.spaces.values():
                 value = ends = "-"
                 if diversity is not None:
                     value = f"{diversity.value:.3f}"
-                    ends = f"{diversity.low:.3f} .. {diversity.high:.3f}"
-                    ends = ends if diversity.has_ends else "-"
+                    if diversity.has_ends:
+                        ends = f"{diversity.low:.3f} .. {diversity.high:.3f}"
                 line += f"{value:>11}{ends:>16}"
-            score = "-" if own.score is None else f"{own.score:.2f}"
-            lines.append(f"{line}{own.variety.vendi:>8.2f}{score:>8}")
+            score = "-" if row.score is None else f"{row.score:.2f}"
+            lines.append(f"{line}{row.variety.vendi:>8.2f}{score:>8}")
         return "\n".join(lines)
 
 
@@ -183,19 +183,19 @@ def compare(
     tables = tables or compare_tables(engine)
     runs: dict[str, tuple[StepTable, tuple[Method, ...]]] = {n: (t, ()) for n, t in tables.items()}
     runs |= {str(method): (tables["distilled"], (method,)) for method in methods}
-    for table, ways in runs.values():  # checked before anything runs
-        engine.iterate(prompt, plan=table, seeds=seeds, diversify=ways)
+    for table, diversify in runs.values():  # checked before anything runs
+        engine.iterate(prompt, plan=table, seeds=seeds, diversify=diversify)
     engine.sample(prompt, plan=tables["hybrid"], seeds=seeds)
     next(engine.iterate(prompt, plan=tables["base"], seeds=seeds))
     images: dict[str, NDArray[np.uint8]] = {}
     passes: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    while again := [name for name in runs if _again(seconds[name], rounds)]:
-        for name in again:
-            table, ways = runs[name]
+    while names := [name for name in runs if _runs_again(seconds[name], rounds)]:
+        for name in names:
+            table, diversify = runs[name]
             start = time.perf_counter()
             trajectory = engine.sample(
-                prompt, plan=table, seeds=seeds, diversify=ways, on_step=on_step
+                prompt, plan=table, seeds=seeds, diversify=diversify, on_step=on_step
             )
             images[name] = trajectory.rgb.cpu().numpy()
             seconds[name].append(time.perf_counter() - start)
@@ -224,7 +224,7 @@ def compare(
     )
 
 
-def _again(seconds: Sequence[float], rounds: int | None) -> bool:
+def _runs_again(seconds: Sequence[float], rounds: int | None) -> bool:
     """Whether a plan runs once more, after runs of so many seconds."""
     if rounds is not None:
         return len(seconds) < rounds
@@ -233,8 +233,8 @@ def _again(seconds: Sequence[float], rounds: int | None) -> bool:
 
 def sheet_of(comparison: Comparison) -> Image.Image:
     """The contact sheet, with what each row cost beside it."""
-    varieties = [outcome.variety.diversity for outcome in comparison.outcomes]
-    highest = max((own.value for own in varieties if own is not None), default=0.0)
+    diversities = (outcome.variety.diversity for outcome in comparison.outcomes)
+    highest = max((d.value for d in diversities if d is not None), default=0.0)
     rows = [_sheet_row(outcome, highest) for outcome in comparison.outcomes]
     count = len(comparison.seeds)
     return draw_sheet(
@@ -247,38 +247,41 @@ def sheet_of(comparison: Comparison) -> Image.Image:
 
 
 def footer_of(comparison: Comparison) -> str:
-    """What the numbers mean and where they were taken."""
+    """The meaning of the numbers, and the device they were measured on."""
     count, (first, *others) = len(comparison.seeds), comparison.spaces
     images = "the image" if count == 1 else f"all {count} images"
     main, *distances = comparison.distances
-    alike = set(distances) == {main}
+    same = set(distances) == {main}
     further = "".join(
-        f" · {word_of(other)}: {'the same' if alike else f'mean {own} distance'} of {other} "
+        f" · {word_of(other)}: {'the same' if same else f'mean {distance} distance'} of {other} "
         "features"
-        for other, own in zip(others, distances, strict=True)
+        for other, distance in zip(others, distances, strict=True)
     )
-    by = comparison.scored_by
-    scores = "" if by in (None, first) else f" · score: by {by}"
-    chose = [o.name for o in comparison.outcomes if o.name.startswith(f"{Select.name}:")]
-    chosen = "".join(f" · {name}: images of the seeds that it chose" for name in chose)
+    scorer = comparison.scored_by
+    scores = "" if scorer in (None, first) else f" · score: by {scorer}"
+    selects = "".join(
+        f" · {outcome.name}: images of the seeds that it chose"
+        for outcome in comparison.outcomes
+        if outcome.name.startswith(f"{Select.name}:")
+    )
     most = max(outcome.rounds for outcome in comparison.outcomes)
     medians = f", x{most}: median of {most} interleaved runs" if most > 1 else ""
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
         f"{medians} · diversity: mean pairwise {main} distance of {first} "
-        f"features{further}{scores}{chosen} · {comparison.setting}"
+        f"features{further}{scores}{selects} · {comparison.setting}"
     )
 
 
 def _sheet_row(outcome: Outcome, highest: float) -> Row:
     notes = [f"{outcome.passes} passes · {outcome.latency_s:.2f} s x{outcome.rounds}"]
     bar = None
-    if (own := outcome.variety.diversity) is not None:
-        words = ("diversity", *map(word_of, list(outcome.spaces)[1:]))
+    if (diversity := outcome.variety.diversity) is not None:
         values = [variety.diversity for variety in outcome.spaces.values()]
-        shown = ["-" if value is None else f"{value.value:.3f}" for value in values]
-        notes.append(" · ".join(map(" ".join, zip(words, shown, strict=True))))
-        bar = own.value / highest if highest > 0 else 0.0
+        texts = ["-" if value is None else f"{value.value:.3f}" for value in values]
+        heads = diversity_heads([*outcome.spaces])
+        notes.append(" · ".join(map(" ".join, zip(heads, texts, strict=True))))
+        bar = diversity.value / highest if highest > 0 else 0.0
     if outcome.score is not None:
         notes.append(f"prompt score {outcome.score:.2f}")
     accent = outcome.name == "hybrid"

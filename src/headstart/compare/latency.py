@@ -50,8 +50,8 @@ class Cost:
     first_ms    the first run, which also pays for memory, compilation and capture
     stages      stage -> milliseconds of the runs after the warm-up; these find the text in its
                 cache (`conditioning.text_cache`), and encoding it is in first_ms
-    peak_bytes  the most that was held at once, weights included: allocated by torch on a GPU, the
-                process's resident set on Linux, None where the system does not say
+    peak_bytes  the peak of memory, weights included: allocated by torch on a GPU, the process's
+                resident set on Linux, None on other systems
     """
 
     plan: str
@@ -75,7 +75,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """All cases of one measurement, in the order they were given."""
+    """All cases of one measurement, in the caller's order."""
 
     prompt: str
     seeds: tuple[int, ...]
@@ -105,7 +105,7 @@ class Costs:
         return "\n".join(lines)
 
     def footer(self) -> str:
-        """What the numbers are, and where they were taken."""
+        """The meaning of the numbers, and the machine they were measured on."""
         machine, (height, width) = self.machine, self.size
         return (
             f"milliseconds, p50/p99 of {self.rounds} interleaved runs of {len(self.seeds)} image(s)"
@@ -151,7 +151,7 @@ def latency(
         for _ in range(warmup - 1):
             run(case)
     turns = [[run(case) for case in cases] for _ in range(rounds)]
-    measured = zip(cases, first, zip(*turns, strict=True), strict=True)
+    by_case = zip(cases, first, zip(*turns, strict=True), strict=True)
     return Costs(
         prompt=prompt,
         seeds=tuple(seeds),
@@ -160,7 +160,7 @@ def latency(
         warmup=warmup,
         weights_bytes=weights_bytes(cases[0].engine),
         machine={name: v for name, v in first[0].trajectory.machine.items() if name != "runner"},
-        cases=tuple(_cost(case, cold, runs) for case, cold, runs in measured),
+        cases=tuple(_cost(case, cold, runs) for case, cold, runs in by_case),
     )
 
 
@@ -184,8 +184,8 @@ class _Run(NamedTuple):
 
 
 def _cost(case: Case, cold: _Run, runs: Sequence[_Run]) -> Cost:
-    taken = {stage: [run.trajectory.latency_ms[stage] for run in runs] for stage in STAGES[:-1]}
-    taken["total"] = [run.total_ms for run in runs]
+    times = {stage: [run.trajectory.latency_ms[stage] for run in runs] for stage in STAGES[:-1]}
+    times["total"] = [run.total_ms for run in runs]
     peaks = [run.peak_bytes for run in (cold, *runs) if run.peak_bytes is not None]
     return Cost(
         plan=case.plan,
@@ -193,7 +193,7 @@ def _cost(case: Case, cold: _Run, runs: Sequence[_Run]) -> Cost:
         passes=case.table.passes(),
         images=len(cold.trajectory),
         first_ms=cold.total_ms,
-        stages={stage: Spread(*np.percentile(ms, [50, 99])) for stage, ms in taken.items()},
+        stages={stage: Spread(*np.percentile(ms, [50, 99])) for stage, ms in times.items()},
         peak_bytes=max(peaks, default=None),
     )
 

@@ -23,7 +23,7 @@ from headstart.sampler import State
 from headstart.spaces.extractor import Judge
 
 
-class Slid(NamedTuple):
+class PlanSlide(NamedTuple):
     """One plan: images uint8 [strengths, seeds, H, W, 3], their cost, and a score a strength."""
 
     plan: str
@@ -44,25 +44,19 @@ class Slid(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """What `slide` found, in the order of its plans."""
+    """The result of `slide`, in the order of its plans."""
 
     prompt: str
     adapter: str
     strengths: tuple[float, ...]
     seeds: tuple[int, ...]
     toward: str | None
-    plans: tuple[Slid, ...]
+    plans: tuple[PlanSlide, ...]
 
     def to_json(self, out: str) -> dict[str, Any]:
-        return {
-            "prompt": self.prompt,
-            "adapter": self.adapter,
-            "strengths": list(self.strengths),
-            "seeds": list(self.seeds),
-            "toward": self.toward,
-            "sheet": out,
-            "plans": [plan.to_json() for plan in self.plans],
-        }
+        facts = self._asdict()
+        del facts["plans"]
+        return {**facts, "sheet": out, "plans": [plan.to_json() for plan in self.plans]}
 
     def __str__(self) -> str:
         """The table for a terminal."""
@@ -107,9 +101,9 @@ def slide(
             "toward= needs a judge that scores images: the bundled scorer for the bundled pair, or "
             "open_features(a folder with a CLIP model)"
         )
-    plans: list[Slid] = []
-    every = tuple(strength for strength in strengths for _ in seeds)
-    adapters = {adapter: replace(engine.adapters[adapter].strength, value=every)}
+    plans: list[PlanSlide] = []
+    by_sample = tuple(strength for strength in strengths for _ in seeds)
+    adapters = {adapter: replace(engine.adapters[adapter].strength, value=by_sample)}
     for name, table in tables.items():
         start = time.perf_counter()
         run = engine.sample(
@@ -121,7 +115,7 @@ def slide(
         scores = None
         if score is not None and toward is not None:
             scores = tuple(float(score(part, [toward] * len(part)).mean()) for part in images)
-        plans.append(Slid(name, run.passes, seconds, images, scores))
+        plans.append(PlanSlide(name, run.passes, seconds, images, scores))
     return Strip(prompt, adapter, tuple(strengths), tuple(seeds), toward, tuple(plans))
 
 

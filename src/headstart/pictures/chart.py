@@ -1,4 +1,4 @@
-"""Curves on a picture, drawn three times as large and reduced, so that lines are smooth.
+"""Curves on a picture, drawn at three times the size and reduced, so that lines are smooth.
 
 A curve is points (x, y) in pixels of the panel; NaN in y breaks it.
 """
@@ -40,14 +40,14 @@ def draw_panel(
         pen.line((left, y, min(left + _DASH, width), y), GREY, _THICK)
     for curve in curves:
         radius = (curve.width + 1.6) * _OVER
-        for part in _unbroken(curve.points):
-            pen.line(part, curve.colour, round(curve.width * _OVER), joint="curve")
-            for x, y in part if curve.dots or len(part) == 1 else ():
+        for run in _unbroken(curve.points):
+            pen.line(run, curve.colour, round(curve.width * _OVER), joint="curve")
+            for x, y in run if curve.dots or len(run) == 1 else ():
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), curve.colour)
     return panel.resize(size, Image.Resampling.LANCZOS)
 
 
 def _unbroken(points: Sequence[tuple[float, float]]) -> Iterator[list[tuple[float, float]]]:
-    for known, part in groupby(points, lambda point: math.isfinite(point[1])):
-        if known:
-            yield [(x * _OVER, y * _OVER) for x, y in part]
+    for is_finite, run in groupby(points, lambda point: math.isfinite(point[1])):
+        if is_finite:
+            yield [(x * _OVER, y * _OVER) for x, y in run]

@@ -1,7 +1,7 @@
-"""Pages that are one file: the frame that all have, and pictures inside them as data: URIs.
+"""Pages of one file each: their common frame, and pictures inside them as data: URIs.
 
-frame.html holds the head, with page.css of the room; page.html of the room is what it shows. Both
-are Jinja2 templates, in which all text is escaped, as prompts and the names of files are anybody's.
+frame.html has the head, with page.css of the room; page.html of the room has the body. Both are
+Jinja2 templates, in which all text is escaped, as prompts and names of files may hold markup.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def render(room: str, values: Mapping[str, Any], scripts: tuple[str, ...] = ()) 
     import jinja2
 
     def read(name: str) -> str:
-        home = "headstart.pictures" if name == "frame.html" else f"headstart.{room}"
-        return files(home).joinpath(name).read_text(encoding="utf-8")
+        package = "headstart.pictures" if name == "frame.html" else f"headstart.{room}"
+        return files(package).joinpath(name).read_text(encoding="utf-8")
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(read)
     )
-    parts = {"style": read("page.css"), "script": "".join(map(read, scripts))}
-    return environment.get_template("page.html").render(values, **parts)
+    style, script = read("page.css"), "".join(map(read, scripts))
+    return environment.get_template("page.html").render(values, style=style, script=script)
 
 
 def data_uri(picture: Image.Image, largest_px: int) -> str:

@@ -1,4 +1,4 @@
-"""Text on a picture: the palette, and lines in Pillow's built-in font that never leave their place.
+"""Text on a picture: the palette, and lines in Pillow's built-in font that fit into their room.
 
 width(text, size) <= room, else the text is cut, or wrapped between its parts
 """

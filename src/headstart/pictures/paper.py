@@ -1,4 +1,4 @@
-"""What every drawn sheet is made of: paper with a heading and small print, bars, and pictures.
+"""The elements of every sheet: paper with a heading and small print, bars, and pictures.
 
 cell px = image px * round(target / image px)   whole multiples only, so that pixels stay crisp
 """

@@ -1,4 +1,4 @@
-"""PNG files with text inside: written, and read from whoever made them.
+"""PNG files with text inside: written, and read from files of any program.
 
 signature, then chunks: length, type, data, CRC; a text is a keyword, 0, and the rest of its chunk:
     tEXt  Latin-1      zTXt  a method, then Latin-1, deflated
@@ -32,11 +32,11 @@ _MOST_KEYWORDS = 64
 
 
 class Png(NamedTuple):
-    """What a file holds besides its pixels.
+    """The contents of a file besides its pixels.
 
     size      (height, width)
     keywords  of its texts, in their order, 64 at most
-    text      the one that was looked for, None where there is none
+    text      the text of one keyword, None where there is none
     """
 
     size: tuple[int, int]
@@ -92,7 +92,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
         raise InputError(f"{str(path)!r} cannot be read as a picture: {error!s:.200}") from error
 
 
-def _read(file: BinaryIO, wanted: str) -> Png:
+def _read(file: BinaryIO, keyword: str) -> Png:
     keywords: list[str] = []
     texts: list[str] = []
     size = None
@@ -103,18 +103,18 @@ def _read(file: BinaryIO, wanted: str) -> Png:
             width, height = struct.unpack(">II", file.read(8))
             size = height, width
         elif kind in _TEXTS:
-            name, _, rest = file.read(min(length, _KEYWORD)).partition(b"\0")
+            name, _, beginning = file.read(min(length, _KEYWORD)).partition(b"\0")
             if len(keywords) < _MOST_KEYWORDS:
                 keywords.append(name.decode("latin-1"))
-            if name == wanted.encode("latin-1"):
+            if name == keyword.encode("latin-1"):
                 if length > MOST_TEXT:
-                    raise ValueError(f"its text {wanted!r} is larger than {MOST_TEXT} bytes")
-                data = rest + file.read(max(0, length - _KEYWORD))
-                texts.append(_decoded(kind, data, wanted))
+                    raise ValueError(f"its text {keyword!r} is larger than {MOST_TEXT} bytes")
+                data = beginning + file.read(max(0, length - _KEYWORD))
+                texts.append(_decoded(kind, data, keyword))
     if size is None:
         raise ValueError("it does not begin with a header")
     if len(texts) > 1:
-        raise ValueError(f"it has {len(texts)} texts {wanted!r}, expected one")
+        raise ValueError(f"it has {len(texts)} texts {keyword!r}, expected one")
     return Png(size, tuple(keywords), texts[0] if texts else None)
 
 
@@ -139,9 +139,9 @@ def _decoded(kind: bytes, data: bytes, keyword: str) -> str:
             return data.decode("latin-1")
         if kind == b"zTXt":
             return _inflated(data[:1], data[1:], keyword).decode("latin-1")
-        compressed, method, rest = data[:1], data[1:2], data[2:]
-        _, _, rest = rest.partition(b"\0")
-        _, _, text = rest.partition(b"\0")
+        compressed, method, tail = data[:1], data[1:2], data[2:]
+        _, _, tail = tail.partition(b"\0")
+        _, _, text = tail.partition(b"\0")
         return (_inflated(method, text, keyword) if compressed == b"\1" else text).decode()
     except (UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"its text {keyword!r} cannot be read ({error!s:.100})") from None

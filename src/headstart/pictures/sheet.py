@@ -11,16 +11,7 @@ from PIL import Image
 
 from headstart.errors import InputError
 from headstart.pictures.lettering import ACCENT, GREY, INK, width, wrapped
-from headstart.pictures.paper import (
-    GAP,
-    MARGIN,
-    NOTE_PX,
-    SMALL_PX,
-    Paper,
-    cell_px,
-    framed,
-    scaled,
-)
+from headstart.pictures.paper import GAP, MARGIN, NOTE_PX, SMALL_PX, Paper, cell_px, framed, scaled
 
 _LABEL, _ROW_GAP, _NAME_PX, _NOTE_LINE_PX = 292, 34, 31, 27
 _NAME_LINES = 5
@@ -53,10 +44,10 @@ def draw_sheet(
     cell = cell_px(rows[0].images)
     across = min(len(columns), _COLUMNS)
     band = max(-(-len(columns) // across) * (cell + GAP) - GAP, _BAND_PX) + _ROW_GAP
-    whole = max(2 * MARGIN + _LABEL + across * (cell + GAP) - GAP, 860)
+    total_width = max(2 * MARGIN + _LABEL + across * (cell + GAP) - GAP, 860)
     labels = 10  # room for the column labels
     paper, top = framed(
-        whole, labels + len(rows) * band + 14, title=title, subtitle=subtitle, footer=footer
+        total_width, labels + len(rows) * band + 14, title=title, subtitle=subtitle, footer=footer
     )
     left = MARGIN + _LABEL
     for number, label in enumerate(columns if across == len(columns) else ()):

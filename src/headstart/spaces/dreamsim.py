@@ -2,9 +2,9 @@
 
 e = [part_1, part_2, ...],   f = (e - mean e)/|e - mean e|,   distance = 1 - cos(f_a, f_b)
 
-A folder as the package dreamsim keeps it: backbones, and beside them a folder `..._lora` with
-what was trained, W + alpha/r B A of every attention. The folder's name says which variant it is;
-no tensor does. DINO's own backbone is not in DreamSim's archive: torch.hub puts it in `checkpoints`
+A folder as the package dreamsim stores it: backbones, and beside them a folder `..._lora` with the
+trained W + alpha/r B A of every attention. Only that folder's name identifies the variant, no
+tensor does. DINO's own backbone is not in DreamSim's archive: torch.hub puts it in `checkpoints`
 (the archive's dino_vitb16_pretrain.pth holds a head that no variant uses, and is not read).
 """
 
@@ -40,7 +40,7 @@ token and the mean of the patches, each of unit length after its own mean is tak
 
 
 class Backbone(NamedTuple):
-    """A network under `prefix` in a file called `stem`; `loose`: names that no variant reads."""
+    """A network under `prefix` in a file called `stem`; `unused`: names that no variant reads."""
 
     stem: str
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -48,15 +48,15 @@ class Backbone(NamedTuple):
     eps: float = 1e-6
     activation: Activation = "gelu"
     prefix: str = ""
-    loose: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def _clip(stem: str, activation: Activation) -> Backbone:
-    return Backbone(stem, CLIP_MEAN, CLIP_STD, 1e-5, activation, loose=("proj",))
+    return Backbone(stem, CLIP_MEAN, CLIP_STD, 1e-5, activation, unused=("proj",))
 
 
 DINO = Backbone("dino_vitbase16_pretrain")
-DINOV2 = Backbone("dinov2_vitb14_pretrain", loose=("mask_token",))
+DINOV2 = Backbone("dinov2_vitb14_pretrain", unused=("mask_token",))
 VARIANTS: Mapping[str, tuple[tuple[Backbone, Take], ...]] = {
     "ensemble_lora": (
         (DINO, "class"),
@@ -71,14 +71,14 @@ VARIANTS: Mapping[str, tuple[tuple[Backbone, Take], ...]] = {
     "dino_vitb16_patch_lora": ((DINO, "class and patches"),),
     "dinov2_vitb14_patch_lora": ((DINOV2, "class and patches"),),
 }
-"""By the name of the folder with what was trained; the three ensemble parts in their order."""
+"""By the name of the folder with the LoRA; the three parts of the ensemble in their order."""
 
 
 def lora_folders(folder: Path) -> list[Path]:
-    """Those of DreamSim's variants that a folder holds, or the folder itself if it is one."""
+    """The folder if it is a variant of DreamSim, else those of its subfolders that are."""
     if _is_lora(folder):
         return [folder]
-    return sorted(inner for inner in folder.iterdir() if _is_lora(inner))
+    return sorted(filter(_is_lora, folder.iterdir()))
 
 
 def read_dreamsim(folder: Path) -> Judge:
@@ -95,18 +95,18 @@ def read_dreamsim(folder: Path) -> Judge:
     variant = VARIANTS[folder.name]
     adapter = read_weights(_file(folder, "adapter_model", (folder,)))
     scale, updates = _scale(folder), _updates(adapter, len(variant))
-    homes = (folder.parent, folder.parent / "checkpoints")
-    files = [read_weights(_file(folder, backbone.stem, homes)) for backbone, _ in variant]
+    folders = (folder.parent, folder.parent / "checkpoints")
+    files = [read_weights(_file(folder, backbone.stem, folders)) for backbone, _ in variant]
     parts = [
-        _part(weights, backbone, take, own, scale)
-        for weights, (backbone, take), own in zip(files, variant, updates, strict=True)
+        _part(weights, backbone, take, deltas, scale)
+        for weights, (backbone, take), deltas in zip(files, variant, updates, strict=True)
     ]
 
     def features(rgb: Rgb) -> Array:
         with torch.inference_mode():
-            whole = torch.cat([part(rgb) for part in parts], dim=1)
-            alone = variant[0][1] == "class and patches"
-            return (whole if alone else _unit(whole)).double().numpy()
+            embedding = torch.cat([part(rgb) for part in parts], dim=1)
+            is_unit = variant[0][1] == "class and patches"
+            return (embedding if is_unit else _unit(embedding)).double().numpy()
 
     name = f"dreamsim:{folder.name.removesuffix('_lora')}:{short_digest([adapter, *files])}"
     return Judge((Extractor(name, in_batches(features)),))
@@ -116,32 +116,32 @@ def _is_lora(folder: Path) -> bool:
     return folder.is_dir() and (folder / "adapter_config.json").is_file()
 
 
-def _file(folder: Path, stem: str, homes: tuple[Path, ...]) -> Path:
+def _file(folder: Path, stem: str, folders: tuple[Path, ...]) -> Path:
     """`stem` with any suffix of weights: .pth, .pth.tar, .safetensors."""
-    for home in homes:
-        for path in sorted(home.glob(f"{stem}.*")):
+    for parent in folders:
+        for path in sorted(parent.glob(f"{stem}.*")):
             if path.is_file() and path.suffix in SUFFIXES:
                 return path
-    places = " nor ".join(repr(str(home)) for home in homes)
+    names = " nor ".join(repr(str(path)) for path in folders)
     raise InputError(
-        f"DreamSim's {folder.name} needs {stem}.pth (or .safetensors), and it is not in {places}: "
+        f"DreamSim's {folder.name} needs {stem}.pth (or .safetensors), and it is not in {names}: "
         "put it there, as the package dreamsim does when it runs once"
     )
 
 
-_ODD = ("fan_in_fan_out", "use_dora", "use_rslora")
-_CONFIG = {"r": int, "lora_alpha": float, "bias?": str, **{f"{key}?": bool for key in _ODD}}
+_OPTIONS = ("fan_in_fan_out", "use_dora", "use_rslora")
+_CONFIG = {"r": int, "lora_alpha": float, "bias?": str, **{f"{key}?": bool for key in _OPTIONS}}
 
 
 def _scale(folder: Path) -> tuple[int, float]:
     """(r, alpha/r)."""
     path = folder / "adapter_config.json"
     config = read_json(path, "the configuration of a LoRA as peft writes it", _CONFIG)
-    odd = [key for key in _ODD if config.get(key)]
-    if config["r"] < 1 or odd or config.get("bias", "none") != "none":
+    options = [key for key in _OPTIONS if config.get(key)]
+    if config["r"] < 1 or options or config.get("bias", "none") != "none":
         raise InputError(
-            f"{str(path)!r} asks for {', '.join(odd) or 'another rank or bias'}, and DreamSim is a "
-            "plain LoRA: give the published folder"
+            f"{str(path)!r} asks for {', '.join(options) or 'another rank or bias'}, and DreamSim "
+            "is a plain LoRA: give the published folder"
         )
     return config["r"], config["lora_alpha"] / config["r"]
 
@@ -174,28 +174,31 @@ def _updates(adapter: Weights, count: int) -> list[Updates]:
 def _part(
     weights: Weights, backbone: Backbone, take: Take, updates: Updates, scale: tuple[int, float]
 ) -> Callable[[Rgb], Tensor]:
-    """What one backbone takes of pictures, [n, d]."""
-    what, own = f"DreamSim's backbone {backbone.stem}", weights.within(backbone.prefix)
+    """pictures -> [n, d], the output of one backbone that is part of the embedding."""
+    name, path = f"DreamSim's backbone {backbone.stem}", weights.path
+    weights = weights.within(backbone.prefix)
     if backbone is DINOV2:
-        own = _at_side(own)
-    if [f"blocks.{n}.norm1.weight" in own.tensors for n in (DEPTH - 1, DEPTH)] != [True, False]:
+        weights = _at_side(weights)
+    if [f"blocks.{n}.norm1.weight" in weights.tensors for n in (DEPTH - 1, DEPTH)] != [True, False]:
         raise CheckpointError(
-            f"{weights.path}: expected {what}, which has {DEPTH} blocks; this file has fewer or "
-            "more, or is another network: give the published one"
+            f"{path}: expected {name}, which has {DEPTH} blocks; this file has fewer or more, or "
+            "is another network: give the published one"
         )
-    eps, activation = backbone.eps, backbone.activation
-    network = read_vit(own, what, eps=eps, activation=activation, side=SIDE, unused=backbone.loose)
-    _merge(network, updates, scale, weights.path)
+    network = read_vit(
+        weights, name, eps=backbone.eps, activation=backbone.activation, side=SIDE,
+        unused=backbone.unused,
+    )  # fmt: skip
+    _merge(network, updates, scale, path)
     prepare = Preparation(0, SIDE, SIDE, backbone.mean, backbone.std, BICUBIC)
     proj = None
     if take == "projected":
-        shape = own.shapes.get("proj", ())
+        shape = weights.shapes.get("proj", ())
         if len(shape) != 2 or shape[0] != network.cls_token.shape[-1]:
             raise CheckpointError(
-                f"{weights.path}: expected {what}, whose 'proj' is a matrix over its width, got "
+                f"{path}: expected {name}, whose 'proj' is a matrix over its width, got "
                 f"{list(shape)}: give the published file whole"
             )
-        proj = own.numbers("proj")
+        proj = weights.numbers("proj")
 
     def part(rgb: Rgb) -> Tensor:
         tokens = network(prepare.pixels(rgb))
@@ -222,7 +225,7 @@ def _at_side(weights: Weights) -> Weights:
 
 
 def _merge(network: Vit, updates: Updates, scale: tuple[int, float], path: Path) -> None:
-    """W + alpha/r B A, in place of computing both at every call."""
+    """Replace W by W + alpha/r B A, so that no call computes both."""
     rank, factor = scale
     parameters = dict(network.named_parameters())
     for name, pair in updates.items():

@@ -1,8 +1,8 @@
 """CLIP (arXiv:2103.00020), DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104) in a folder.
 
 The folder is one that transformers saved: config.json, preprocessor_config.json, model.safetensors,
-and for CLIP the tokenizer, with which it also scores pictures against prompts. DINOv3 asks for its
-resize to be done after the division by 255; it is done before, on levels, as for all others.
+and for CLIP the tokenizer, with which it also scores pictures against prompts. DINOv3's
+configuration resizes after the division by 255; here it is done before, as for all others.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _clip_scores(
     auto: Any = transformers.AutoTokenizer
     try:
         tokenizer: Any = auto.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers let through whatever came up
+    except Exception as error:  # transformers and tokenizers raise errors of any kind
         raise CheckpointError(f"{str(folder)!r}: its tokenizer cannot be read: {error}") from error
 
     @lru_cache(maxsize=4)  # a timeline asks for the same phrases at every step
@@ -103,7 +103,7 @@ def _clip_scores(
 
 
 def _load(folder: Path) -> tuple[Any, str]:
-    """The model in float32 and SHA-256 of its weights; pickles and remote code are not touched."""
+    """The model in float32 and SHA-256 of its weights, without pickles and remote code."""
     import transformers
     from transformers.utils import logging
 
@@ -114,20 +114,15 @@ def _load(folder: Path) -> tuple[Any, str]:
     logging.disable_progress_bar()
     try:
         auto: Any = transformers.AutoModel
-        loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers lets through whatever came up
+        model, info = auto.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # transformers raises errors of any kind
         raise CheckpointError(f"{str(folder)!r} cannot be loaded: {error!r:.200}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    model, info = loaded
     missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
     if missing:
         raise CheckpointError(
@@ -143,13 +138,13 @@ def _load(folder: Path) -> tuple[Any, str]:
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
-    whole = folder / "model.safetensors"
-    if files := (whole,) if whole.exists() else tuple(sorted(folder.glob("model-*.safetensors"))):
+    single = folder / "model.safetensors"
+    if files := (single,) if single.exists() else tuple(sorted(folder.glob("model-*.safetensors"))):
         return files
     pickle = folder / PICKLE
     fix = "save the model with safetensors; pickles are not read"
     if pickle.is_file():
-        hint = convert_hint(pickle).replace("pytorch_model.safetensors", whole.name)
+        hint = convert_hint(pickle).replace("pytorch_model.safetensors", single.name)
         fix = f"pickles are not read here: {hint}"
     raise CheckpointError(f"{str(folder)!r} has no model.safetensors: {fix}")
 

@@ -2,8 +2,8 @@
 
 The weights are pt_inception-2015-12-05-6726825d.pth of pytorch-fid, which torch-fidelity reads too:
 those of the TensorFlow graph that the first FIDs were computed with. It differs from torchvision's
-Inception in three places: averages leave the padding out, the last block's pool takes the maximum,
-and 1008 classes. How a picture gets to 299 x 299 px is half of a FID's value:
+Inception in three points: averages exclude the padding, the last block's pool takes the maximum,
+and 1008 classes. The method of resizing to 299 x 299 px decides much of a FID's value:
 
 inception      as pytorch-fid: bilinear between pixel centres, then 2 v/255 - 1
 inception-tf1  as torch-fidelity and TensorFlow 1: bilinear between corners, then (v - 128)/128
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.fork import check_threads
 from headstart.spaces.extractor import Array, Extractor, Judge, Rgb, in_batches
+from headstart.spaces.preparation import levels
 from headstart.spaces.weights import Weights, filled, short_digest
 
 SIDE = 299
@@ -29,7 +28,7 @@ CLASSES = ("fc.weight", "fc.bias", ".num_batches_tracked")
 
 
 class C(NamedTuple):
-    """One convolution of the tables below; without `same` padding, or where it halves, none."""
+    """One convolution of the tables below; padded only if it is `same` and has stride 1."""
 
     name: str
     channels: int
@@ -42,9 +41,9 @@ Pool = Literal["average", "maximum", "halve"]
 
 
 class Block(NamedTuple):
-    """Chains beside each other, and a pool of the block's input in the last place.
+    """Parallel chains of convolutions, then a pool of the block's input; all are concatenated.
 
-    chains  a pair in a chain are two convolutions that both read what is before them
+    chains  a pair at the end of a chain are two convolutions with the same input
     """
 
     name: str
@@ -136,18 +135,18 @@ class Norm(nn.Module):
 class Convolution(nn.Module):
     """relu(norm(conv x))."""
 
-    def __init__(self, own: C, channels: int) -> None:
+    def __init__(self, conv: C, channels: int) -> None:
         super().__init__()
-        pad = "same" if own.same and own.stride == 1 else "valid"
-        self.conv = nn.Conv2d(channels, own.channels, own.kernel, own.stride, pad, bias=False)
-        self.bn = Norm(own.channels)
+        pad = "same" if conv.same and conv.stride == 1 else "valid"
+        self.conv = nn.Conv2d(channels, conv.channels, conv.kernel, conv.stride, pad, bias=False)
+        self.bn = Norm(conv.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
 
 class Mixed(nn.Module):
-    """A block of the table: its chains beside each other, then its pool."""
+    """A block of the table."""
 
     def __init__(self, block: Block, channels: int) -> None:
         super().__init__()
@@ -157,9 +156,9 @@ class Mixed(nn.Module):
             width = channels
             for link in chain:
                 convolutions = (link,) if isinstance(link, C) else link
-                for own in convolutions:
-                    self.add_module(own.name, Convolution(own, width))
-                width = sum(own.channels for own in convolutions)
+                for conv in convolutions:
+                    self.add_module(conv.name, Convolution(conv, width))
+                width = sum(conv.channels for conv in convolutions)
             self.channels += width
         if block.pooled:
             self.add_module("branch_pool", Convolution(C("branch_pool", block.pooled), channels))
@@ -170,7 +169,7 @@ class Mixed(nn.Module):
             ends = [x]
             for link in chain:
                 convolutions = (link,) if isinstance(link, C) else link
-                ends = [self.get_submodule(own.name)(ends[0]) for own in convolutions]
+                ends = [self.get_submodule(conv.name)(ends[0]) for conv in convolutions]
             branches += ends
         if self.block.pool == "halve":
             return torch.cat([*branches, F.max_pool2d(x, 3, 2)], dim=1)
@@ -187,18 +186,18 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         channels = 3
-        for own in STEM:
-            self.add_module(own.name, Convolution(own, channels))
-            channels = own.channels
+        for conv in STEM:
+            self.add_module(conv.name, Convolution(conv, channels))
+            channels = conv.channels
         for block in BLOCKS:
             mixed = Mixed(block, channels)
             self.add_module(block.name, mixed)
             channels = mixed.channels
 
     def forward(self, x: Tensor) -> Tensor:
-        for own in STEM:
-            x = self.get_submodule(own.name)(x)
-            if own.name in HALVED:
+        for conv in STEM:
+            x = self.get_submodule(conv.name)(x)
+            if conv.name in HALVED:
                 x = F.max_pool2d(x, 3, 2)
         for block in BLOCKS:
             x = self.get_submodule(block.name)(x)
@@ -206,15 +205,13 @@ class Inception(nn.Module):
 
 
 def read_inception(weights: Weights, resize: Resize = "inception") -> Judge:
-    """Features by which a FID is one. Raises CheckpointError for any other network's file."""
+    """The features of FID. Raises CheckpointError for any other network's file."""
     network = filled(Inception, weights, "the Inception of pytorch-fid", CLASSES)
     prepare = _as_pytorch_fid if resize == "inception" else _as_tensorflow
 
     def features(rgb: Rgb) -> Array:
-        check_threads()
-        pixels = torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float()
         with torch.inference_mode():
-            return network(prepare(pixels)).double().numpy()
+            return network(prepare(levels(rgb))).double().numpy()
 
     name = f"{resize}:{weights.path.stem}:{short_digest([weights])}"
     return Judge((Extractor(name, in_batches(features)),))
@@ -232,7 +229,7 @@ def _as_tensorflow(pixels: Tensor) -> Tensor:
         position = torch.arange(SIDE, dtype=torch.float32) * (size / SIDE)
         low = position.floor().long().clamp(max=size - 1)
         high = (low + 1).clamp(max=size - 1)
-        share = (position - low).reshape(-1, *[1] * (3 - axis))
+        fraction = (position - low).reshape(-1, *[1] * (3 - axis))
         below, above = pixels.index_select(axis, low), pixels.index_select(axis, high)
-        pixels = below + (above - below) * share
+        pixels = below + (above - below) * fraction
     return (pixels - 128.0) / 128.0

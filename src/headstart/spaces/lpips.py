@@ -1,11 +1,11 @@
-"""LPIPS (arXiv:1801.03924): how different two pictures look, by a network's first layers.
+"""LPIPS (arXiv:1801.03924): how different two pictures look, by activations of a network.
 
 d(x, y) = sum_l mean_hw sum_c w_lc (u_lc(x) - u_lc(y))^2,   u_l = activations of unit length over c
         = |f(x) - f(y)|^2,   f = the u_lc(h, w) sqrt(w_lc/(H_l W_l)) of all layers, in one row
 
-So the features f, compared by squared distance, are LPIPS. They are two files: the `lin` weights
-w of the package lpips, version 0.1, and torchvision's AlexNet (alexnet-owt-7be5be79) or VGG-16
-(vgg16-397923af) below them; or the state of lpips' module, which has both.
+So the features f, compared by squared distance, are LPIPS. They need two files: the `lin` weights w
+of the package lpips, version 0.1, and their backbone, torchvision's AlexNet (alexnet-owt-7be5be79)
+or VGG-16 (vgg16-397923af); or the state of lpips' module, which has both.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.errors import CheckpointError, InputError
-from headstart.fork import check_threads
 from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
+from headstart.spaces.preparation import levels
 from headstart.spaces.weights import Weights, check_shapes, filled, short_digest
 
 Net = Literal["alex", "vgg"]
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 TINY = 1e-10
 LEAST_SIDE = 32
-OLD = (
+BUGGY = (
     "99808b4a2165088f65f08ec3f82c0b75d059d148d2a6b93b6649a8ce8a2ef813",
     "8e4c11024aefcad53bfcf4c57bb3746b74ae7b5729cf1c4b91bc5d85106c2cfe",
 )
@@ -40,9 +40,9 @@ OLD = (
 
 
 class Layer(NamedTuple):
-    """A convolution `features.N` of torchvision's; a maximum may come before it.
+    """A convolution `features.N` of torchvision's network, perhaps after a maximum.
 
-    pooled  that maximum's (kernel, stride); tapped: its activations are a layer of LPIPS
+    pooled  (kernel, stride) of that maximum; tapped: its activations are a layer of LPIPS
     """
 
     number: int
@@ -60,20 +60,9 @@ LAYERS: Mapping[Net, tuple[Layer, ...]] = {
         Layer(8, 3, tapped=True),
         Layer(10, 3, tapped=True),
     ),
-    "vgg": (
-        Layer(0, 3),
-        Layer(2, 3, tapped=True),
-        Layer(5, 3, pooled=(2, 2)),
-        Layer(7, 3, tapped=True),
-        Layer(10, 3, pooled=(2, 2)),
-        Layer(12, 3),
-        Layer(14, 3, tapped=True),
-        Layer(17, 3, pooled=(2, 2)),
-        Layer(19, 3),
-        Layer(21, 3, tapped=True),
-        Layer(24, 3, pooled=(2, 2)),
-        Layer(26, 3),
-        Layer(28, 3, tapped=True),
+    "vgg": tuple(
+        Layer(n, 3, pooled=(2, 2) if n in (5, 10, 17, 24) else None, tapped=n in (2, 7, 14, 21, 28))
+        for n in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     ),
 }
 PAD: Mapping[int, int] = {11: 2, 5: 2, 3: 1}
@@ -83,6 +72,7 @@ CLASSES = tuple(f"classifier.{n}.{part}" for n in range(7) for part in ("weight"
 
 
 def net_of(backbone: Weights) -> Net:
+    """The network of a backbone, by its first kernel."""
     return "alex" if backbone.shapes.get("features.0.weight", ())[2:] == (11, 11) else "vgg"
 
 
@@ -97,34 +87,34 @@ def read_lpips(backbone: Weights, lin: Weights) -> Judge:
     shapes = _lin_shapes(net, backbone)
     check_shapes(lin, shapes, f"the linear layers of LPIPS {net}")
     first = lin.numbers("lin0.model.1.weight").contiguous().numpy().tobytes()
-    if sha256(first).hexdigest() in OLD:
+    if sha256(first).hexdigest() in BUGGY:
         raise CheckpointError(
             f"{lin.path}: these are lpips' weights of version 0.0, which had a bug in how pictures "
             "were scaled: give weights/v0.1 of the package"
         )
     features = partial(_features, LAYERS[net], network, [_root(lin, name) for name in shapes])
-    parts = [backbone] if backbone.path == lin.path else [backbone, lin]
-    name = f"lpips-{net}:{lin.path.stem}:{short_digest(parts)}"
+    files = [backbone] if backbone.path == lin.path else [backbone, lin]
+    name = f"lpips-{net}:{lin.path.stem}:{short_digest(files)}"
     return Judge((Extractor(name, features, "squared", wide=True),))
 
 
-def split_module(whole: Weights) -> tuple[Weights, Weights]:
+def split_module(weights: Weights) -> tuple[Weights, Weights]:
     """The state of lpips' own module as backbone and linear layers."""
-    renamed = {re.sub(r"^net\.slice\d\.", "features.", n): t for n, t in whole.tensors.items()}
+    renamed = {re.sub(r"^net\.slice\d\.", "features.", n): t for n, t in weights.tensors.items()}
     backbone = {n: t for n, t in renamed.items() if n.startswith("features.")}
     lin = {n: t for n, t in renamed.items() if re.fullmatch(r"lin\d\.model\.1\.weight", n)}
-    return whole._replace(tensors=backbone), whole._replace(tensors=lin)
+    return weights._replace(tensors=backbone), weights._replace(tensors=lin)
 
 
 def lpips_pair(
     folder: Path, backbones: Sequence[Weights], lins: Sequence[Weights]
 ) -> tuple[Weights, Weights]:
-    """The backbone of a folder and the linear layers made for it; others of lpips may lie there."""
+    """The backbone of a folder and the linear layers for it; other files of lpips are ignored."""
     if len(backbones) != 1:
         lacking = "no backbone: put alexnet-owt-7be5be79.pth or vgg16-397923af.pth of torchvision"
         several = f"{len(backbones)} backbones of LPIPS: leave one of them"
         raise InputError(f"{str(folder)!r} holds {several if backbones else lacking} there")
-    (backbone,) = backbones
+    backbone = backbones[0]
     net = net_of(backbone)
     fitting = [lin for lin in lins if lin.shapes == _lin_shapes(net, backbone)]
     if len(fitting) != 1:
@@ -169,7 +159,6 @@ def _features(
     layers: Sequence[Layer], network: nn.Module, roots: Sequence[Tensor], rgb: Rgb
 ) -> Array:
     """[n, d], one picture at a time: at 512 px d is 2.7 million for alex, 32 million for vgg."""
-    check_threads()
     if min(rgb.shape[1:3]) < LEAST_SIDE:
         raise InputError(
             f"LPIPS needs pictures of at least {LEAST_SIDE} px, got {rgb.shape[1]}x{rgb.shape[2]}: "
@@ -177,17 +166,17 @@ def _features(
         )
 
     def taps(picture: Rgb) -> Iterator[Tensor]:
+        """The features of each layer of LPIPS, of one picture [1, H, W, 3]."""
         shift, scale = (torch.tensor(v).reshape(3, 1, 1) for v in (SHIFT, SCALE))
-        pixels = torch.as_tensor(np.ascontiguousarray(picture)).permute(2, 0, 1).float()
-        x = ((pixels / 127.5 - 1.0 - shift) / scale)[None]
-        left = iter(roots)
+        x = (levels(picture) / 127.5 - 1.0 - shift) / scale
+        next_root = iter(roots)
         for layer in layers:
             if layer.pooled:
                 x = F.max_pool2d(x, *layer.pooled)
             x = F.relu(network.get_submodule(f"features.{layer.number}")(x))
             if layer.tapped:
                 unit = x / (x.square().sum(1, keepdim=True).sqrt() + TINY)
-                yield (unit * (next(left) / sqrt(prod(x.shape[2:])))[:, None, None]).flatten()
+                yield (unit * (next(next_root) / sqrt(prod(x.shape[2:])))[:, None, None]).flatten()
 
     with torch.inference_mode():
-        return np.stack([torch.cat([*taps(picture)]).double().numpy() for picture in rgb])
+        return np.stack([torch.cat([*taps(picture[None])]).double().numpy() for picture in rgb])

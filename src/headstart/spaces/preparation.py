@@ -1,4 +1,4 @@
-"""What a network wants done to a picture before it looks at it: size, crop, mean and deviation."""
+"""How a picture becomes the input of a network: size, crop, mean and deviation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ BICUBIC = int(Image.Resampling.BICUBIC)
 MAX_SIDE = 2**14
 
 
-class Preparation(NamedTuple):
-    """What is done to an image; the fields are those of transformers' preprocessor_config.json.
+def levels(rgb: Rgb) -> torch.Tensor:
+    """uint8 [n, H, W, 3] -> float32 [n, 3, H, W], from 0 to 255."""
+    check_threads()
+    return torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float()
 
-    edge     what the short side becomes before the middle is cut out; 0: no cut, both sides change
-    rounded  where the middle is: torchvision rounds half a pixel to even, transformers down
+
+class Preparation(NamedTuple):
+    """Resize, crop and normalise; the fields are those of transformers' preprocessor_config.json.
+
+    edge     length of the short side before the centre is cropped; 0: no crop, resize both sides
+    rounded  half a pixel of the centre: torchvision rounds it to even, transformers down
     """
 
     edge: int
@@ -37,12 +43,10 @@ class Preparation(NamedTuple):
     rounded: bool = False
 
     def pixels(self, rgb: Rgb) -> torch.Tensor:
-        """[n, 3, height, width]: the short side to `edge`, the middle, then (v/255 - mean)/std."""
-        check_threads()
+        """[n, 3, height, width]: the short side to `edge`, the centre, then (v/255 - mean)/std."""
         images = np.stack([self._cropped(Image.fromarray(image)) for image in rgb])
-        values = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (values - mean) / std
+        return (levels(images) / 255.0 - mean) / std
 
     def _cropped(self, image: Image.Image) -> Rgb:
         resample = Image.Resampling(self.resample)
@@ -57,8 +61,8 @@ class Preparation(NamedTuple):
 
 
 def read_preparation(path: Path) -> Preparation:
-    """That of a preprocessor_config.json. Raises InputError for anything else."""
-    config = read_json(path, _WHAT, _SHAPE)
+    """The preparation of a preprocessor_config.json. Raises InputError for any other file."""
+    config = read_json(path, _CONTENTS, _SHAPE)
     size = _sides(config["size"])
     crops = config.get("crop_size") is not None and config.get("do_center_crop", True)
     crops = crops and "height" not in size
@@ -70,11 +74,11 @@ def read_preparation(path: Path) -> Preparation:
     sides = (height, width, edge) if crops else (height, width)
     good = all(0 < side <= MAX_SIDE for side in sides) and 0.0 not in std
     if not (good and len(mean) == len(std) == 3 and resample in {*Image.Resampling}):
-        raise InputError(f"{str(path)!r} is damaged, or not {_WHAT}: {config!s:.200}")
+        raise InputError(f"{str(path)!r} is damaged, or not {_CONTENTS}: {config!s:.200}")
     return Preparation(edge if crops else 0, height, width, mean, std, resample)
 
 
-_WHAT = "size, image_mean and image_std as transformers writes them"
+_CONTENTS = "size, image_mean and image_std as transformers writes them"
 _SIDES = (int, {"": int})
 _SHAPE = {
     "size": _SIDES,

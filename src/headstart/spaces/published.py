@@ -1,4 +1,4 @@
-"""What a file or a folder of weights is, by the names and shapes of its tensors.
+"""The judge of a file or a folder of weights, recognised by the names and shapes of its tensors.
 
 path -> a transformers folder, a DreamSim folder, or files with a sign each -> a judge
 """
@@ -22,14 +22,14 @@ from headstart.spaces.reward import read_reward
 from headstart.spaces.weights import Weights, read_weights, weight_files
 
 KINDS = ("inception", "inception-tf1", "lpips", "dreamsim", "imagereward")
-"""What may stand before a path: KIND:PATH."""
+"""Possible kinds in KIND:PATH."""
 MOST_FILES = 8
 
 
 class Sign(NamedTuple):
-    """A tensor by which a file is known. `shape` has None where a side may be of any size."""
+    """A tensor by which a file is recognised. `shape` has None where a side may be of any size."""
 
-    what: str
+    kind: str
     name: str
     shape: tuple[int | None, ...]
 
@@ -61,14 +61,14 @@ FIXES = {
     "embeddings.cls_token": "give its folder, with config.json and preprocessor_config.json",
     "vision_model.embeddings.class_embedding": f"give its folder, with {_CONFIGS}",
 }
-"""What to do with a file that is no space by itself, by its tensor."""
+"""Advice for a file that is no space by itself, by the name of its tensor."""
 
 
 def read_published(path: Path, kind: str | None = None) -> Judge:
-    """The space, or the scores, of a file or folder; `kind` is what stands before its path.
+    """The space, or the scores, of a file or folder, of the `kind` in KIND:PATH.
 
-    Raises InputError for files that are no space, or not the one that was named; CheckpointError
-    for damaged ones.
+    Raises InputError for files that are no space, or of another kind; CheckpointError for damaged
+    ones.
     """
     name, judge = _of_folder(path, kind) if path.is_dir() else _of_files(path, [path], kind)
     if kind not in (None, name, f"{name}-tf1"):
@@ -81,7 +81,7 @@ def _of_folder(folder: Path, kind: str | None) -> tuple[str, Judge]:
         return "a model of transformers", read_folder(folder)
     loras = lora_folders(folder)
     if len(loras) > 1:
-        names = ", ".join(inner.name for inner in loras)
+        names = ", ".join(lora.name for lora in loras)
         raise InputError(
             f"{str(folder)!r} has several DreamSims, {names}: give one of these folders"
         )
@@ -98,42 +98,41 @@ def _of_folder(folder: Path, kind: str | None) -> tuple[str, Judge]:
 
 
 def _of_files(path: Path, files: Sequence[Path], kind: str | None) -> tuple[str, Judge]:
-    known = [(_sign(weights), weights) for weights in map(read_weights, files)]
-    whole = [(sign, weights) for sign, weights in known if sign.what in WHOLE]
-    if len(whole) > 1:
+    signs = [(_sign(weights), weights) for weights in map(read_weights, files)]
+    judges = [(sign.kind, weights) for sign, weights in signs if sign.kind in READERS]
+    if len(judges) > 1:
         raise InputError(
-            f"{str(path)!r} holds {' and '.join(sign.what for sign, _ in whole)}: give one file"
+            f"{str(path)!r} holds {' and '.join(name for name, _ in judges)}: give one file"
         )
-    if whole:
-        sign, weights = whole[0]
-        return sign.what, WHOLE[sign.what](weights, kind)
-    by_what = {
-        what: [weights for sign, weights in known if sign.what == what]
-        for what in ("backbone", "lin")
-    }
-    if any(by_what.values()):
-        return "lpips", read_lpips(*lpips_pair(path, by_what["backbone"], by_what["lin"]))
-    sign, weights = known[0]
-    raise InputError(f"{str(weights.path)!r} is {sign.what}: {FIXES[sign.name]}")
+    if judges:
+        name, weights = judges[0]
+        return name, READERS[name](weights, kind)
+    backbones, lins = (
+        [weights for sign, weights in signs if sign.kind == name] for name in ("backbone", "lin")
+    )
+    if backbones or lins:
+        return "lpips", read_lpips(*lpips_pair(path, backbones, lins))
+    sign, weights = signs[0]
+    raise InputError(f"{str(weights.path)!r} is {sign.kind}: {FIXES[sign.name]}")
 
 
-WHOLE: Mapping[str, Callable[[Weights, str | None], Judge]] = {
+READERS: Mapping[str, Callable[[Weights, str | None], Judge]] = {
     "inception": lambda weights, kind: read_inception(
         weights, "inception-tf1" if kind == "inception-tf1" else "inception"
     ),
     "imagereward": lambda weights, _: read_reward(weights),
     "lpips": lambda weights, _: read_lpips(*split_module(weights)),
 }
-"""What one file is enough for."""
+"""The kinds that one file is enough for."""
 
 
 def _sign(weights: Weights) -> Sign:
     shapes = weights.shapes
     for sign in SIGNS:
-        own = shapes.get(sign.name)
-        if own is not None and len(own) == len(sign.shape):
-            pairs = zip(own, sign.shape, strict=True)
-            if all(wanted in (None, side) for side, wanted in pairs):
+        shape = shapes.get(sign.name)
+        if shape is not None and len(shape) == len(sign.shape):
+            pairs = zip(shape, sign.shape, strict=True)
+            if all(expected in (None, side) for side, expected in pairs):
                 return sign
     parts = contents.split(shapes)
     titles = [TITLES[part] for part in PARTS if part in parts] or ["no network that is known here"]

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv:2304.05977): how much people would like a picture for its prompt.
+"""ImageReward (arXiv:2304.05977): a model of how much people like a picture for its prompt.
 
 r = (mlp(t) - mean)/std,   t = the first token of a BLIP text encoder that reads the picture
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ SIDE, LENGTH = 224, 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of its rewards in training, as the package image-reward has them."""
 LAYERS = ((0, 1024), (2, 128), (4, 64), (6, 16), (7, 1))
-"""Places and outputs of the linear layers; between them is dropout, and no nonlinearity."""
+"""Numbers and outputs of the linear layers; between them is dropout, and no nonlinearity."""
 PREPARE = Preparation(SIDE, SIDE, SIDE, CLIP_MEAN, CLIP_STD, BICUBIC, rounded=True)
 VOCABULARY = "vocab.txt"
 BERT = ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
@@ -42,12 +43,9 @@ def read_reward(weights: Weights) -> Judge:
     Raises CheckpointError for weights that are not ImageReward's, InputError without a vocabulary.
     """
     visual = read_vit(
-        weights.within("blip.visual_encoder."),
-        "the picture encoder of ImageReward",
-        eps=1e-6,
-        activation="gelu",
-        side=SIDE,
-    )
+        weights.within("blip.visual_encoder."), "the picture encoder of ImageReward",
+        eps=1e-6, activation="gelu", side=SIDE,
+    )  # fmt: skip
     text = _text_encoder(weights.within("blip.text_encoder."), visual.cls_token.shape[-1])
     width: int = text.config.hidden_size
     head = filled(lambda: _head(width), weights.within("mlp.layers."), "ImageReward's head")
@@ -56,32 +54,32 @@ def read_reward(weights: Weights) -> Judge:
     def rewards(rgb: Rgb, prompts: Sequence[str]) -> Array:
         tokens, mask = encode(prompts)
         with torch.inference_mode():
-            seen = visual.norm(visual(PREPARE.pixels(rgb)))
-            read: Any = text(
+            pictures = visual.norm(visual(PREPARE.pixels(rgb)))
+            output: Any = text(
                 input_ids=tokens,
                 position_ids=torch.arange(tokens.shape[1])[None],  # the module's own are not filled
                 attention_mask=mask,
-                encoder_hidden_states=seen,
-                encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
+                encoder_hidden_states=pictures,
+                encoder_attention_mask=torch.ones(pictures.shape[:2], dtype=torch.long),
             )
-            values: Tensor = head(read.last_hidden_state[:, 0])
+            values: Tensor = head(output.last_hidden_state[:, 0])
         return ((values[:, 0].double() - MEAN) / STD).numpy()
 
     name = f"imagereward:{weights.path.stem}:{short_digest([weights])}"
     return Judge((), in_batches(rewards), name)
 
 
-def _text_encoder(weights: Weights, seen: int) -> Any:
-    """transformers' BLIP text model, with the file's names; `seen`: a picture token's width."""
+def _text_encoder(weights: Weights, picture_width: int) -> Any:
+    """transformers' BLIP text model, with the file's names."""
     from transformers import BlipTextConfig, BlipTextModel
 
     shapes = weights.shapes
     try:
-        vocabulary, width = shapes["embeddings.word_embeddings.weight"]
+        rows, width = shapes["embeddings.word_embeddings.weight"]
         settings: dict[str, Any] = {
-            "vocab_size": vocabulary,
+            "vocab_size": rows,
             "hidden_size": width,
-            "encoder_hidden_size": seen,
+            "encoder_hidden_size": picture_width,
             "intermediate_size": shapes["encoder.layer.0.intermediate.dense.weight"][0],
             "num_hidden_layers": len({m[0] for n in shapes if (m := _LAYER.match(n))}),
             "num_attention_heads": width // HEAD,
@@ -101,9 +99,7 @@ def _text_encoder(weights: Weights, seen: int) -> Any:
         )
     config: Any = BlipTextConfig(**settings, hidden_act="gelu", is_decoder=True)
 
-    def build() -> nn.Module:
-        return BlipTextModel(config, add_pooling_layer=False)
-
+    build: Callable[[], nn.Module] = partial(BlipTextModel, config, add_pooling_layer=False)
     return filled(build, weights, "the text encoder of ImageReward", ("position_ids",))
 
 
@@ -113,8 +109,8 @@ _LAYER = re.compile(r"encoder\.layer\.\d+\.")
 def _head(width: int) -> nn.Sequential:
     """Linear layers one after another; their names count the dropout between them."""
     layers = nn.Sequential()
-    for place, out in LAYERS:
-        layers.add_module(str(place), nn.Linear(width, out))
+    for number, out in LAYERS:
+        layers.add_module(str(number), nn.Linear(width, out))
         width = out
     return layers
 
@@ -124,25 +120,25 @@ def _tokenizer(path: Path, rows: int) -> Encode:
     from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
     try:
-        words = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"ImageReward reads prompts with BERT's vocabulary, and {str(path)!r} cannot be read "
             f"({error!s:.80}): put vocab.txt of bert-base-uncased there"
         ) from error
-    known = {word.rstrip("\r"): n for n, word in enumerate(words) if word.rstrip("\r")}
-    if not set(BERT) <= known.keys() or max(known.values()) >= rows:
+    vocabulary = {word.rstrip("\r"): n for n, word in enumerate(lines) if word.rstrip("\r")}
+    if not set(BERT) <= vocabulary.keys() or max(vocabulary.values()) >= rows:
         raise InputError(
             f"{str(path)!r}: expected at most {rows} lines with {', '.join(BERT)} among them, as "
-            f"bert-base-uncased has, got {len(known)}: give its vocab.txt"
+            f"bert-base-uncased has, got {len(vocabulary)}: give its vocab.txt"
         )
-    tokenizer: Any = BertWordPieceTokenizer(known, lowercase=True)
+    tokenizer: Any = BertWordPieceTokenizer(vocabulary, lowercase=True)
     tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(pad_id=known["[PAD]"])
+    tokenizer.enable_padding(pad_id=vocabulary["[PAD]"])
 
     def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encodings: Any = tokenizer.encode_batch(list(prompts))
-        ids = torch.tensor([one.ids for one in encodings])
-        return ids, torch.tensor([one.attention_mask for one in encodings])
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        return ids, torch.tensor([encoding.attention_mask for encoding in encodings])
 
     return encode

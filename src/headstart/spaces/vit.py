@@ -25,7 +25,7 @@ Activation = Literal["gelu", "quick_gelu"]
 
 
 class VitParams(NamedTuple):
-    """Of one network; `tokens` counts the class token, too."""
+    """Sizes of one network; `tokens` includes the class token."""
 
     width: int
     depth: int
@@ -102,7 +102,7 @@ class Patches(nn.Module):
 class Vit(nn.Module):
     """Pixels [B, 3, H, W] -> tokens [B, 1 + patches, width] as the last block leaves them.
 
-    `norm` is for whoever wants them normalised. Module names are the file's.
+    `norm` is for callers who need them normalised. Module names are the file's.
     """
 
     def __init__(self, params: VitParams) -> None:
@@ -126,15 +126,15 @@ class Vit(nn.Module):
 
 def read_vit(
     weights: Weights,
-    what: str,
+    title: str,
     *,
     eps: float,
     activation: Activation,
     side: int,
     unused: tuple[str, ...] = (),
 ) -> Vit:
-    """The network of a file, as its tensors say it is; raises CheckpointError as `filled` does, and
-    where they are of no such network.
+    """The network of a file, sized as its tensors; raises CheckpointError as `filled` does,
+    and for the tensors of any other network.
 
     side  of the pictures; the positions must be those of its patches
     """
@@ -143,7 +143,7 @@ def read_vit(
     try:
         params = VitParams(
             width=shapes["cls_token"][-1],
-            depth=len(blocks),  # a hole in their numbers shows when they are filled
+            depth=len(blocks),  # `filled` finds a gap in their numbers
             mlp=shapes["blocks.0.mlp.fc1.weight"][0],
             patch=shapes["patch_embed.proj.weight"][-1],
             tokens=shapes["pos_embed"][1],
@@ -163,14 +163,14 @@ def read_vit(
             f"positions and patches of {params.patch} px is not made for {side} px pictures: give "
             "the one that is"
         )
-    return filled(lambda: Vit(params), weights, what, unused)
+    return filled(lambda: Vit(params), weights, title, unused)
 
 
 def resized_positions(positions: Tensor, grid: int) -> Tensor:
     """DINOv2's positions [1, 1 + m*m, d] for a grid x grid of patches, as its authors resize them.
 
-    They say (grid + 0.1)/m where grid/m is meant, and the bicubic filter reads at that scale, so
-    an exact one gives other numbers.
+    They use a scale of (grid + 0.1)/m instead of grid/m, and the bicubic filter depends on it, so
+    the exact scale gives other numbers.
     """
     size = math.isqrt(positions.shape[1] - 1)
     table = positions[:, 1:].reshape(1, size, size, -1).permute(0, 3, 1, 2)

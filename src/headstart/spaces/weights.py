@@ -1,7 +1,7 @@
-"""The tensors of a network that somebody published, from a safetensors file or from a pickle.
+"""The tensors of a published network, from a safetensors file or from a pickle.
 
 file -> {name: tensor} and a digest -> a network that has exactly these, all finite
-A pickle is read in a process of its own (`convert.pickle_file`) and written to a temporary file.
+A pickle is read in another process (`convert.pickle_file`) and written to a temporary file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from headstart.errors import CheckpointError
 from headstart.fork import check_threads
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-SHOWN = 4
+MOST_NAMES = 4
 
 M = TypeVar("M", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,11 +40,9 @@ class Weights(NamedTuple):
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def within(self, prefix: str) -> Weights:
-        """Those under a prefix, without it."""
-        inside = {
-            n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)
-        }
-        return self._replace(tensors=inside)
+        """The tensors under a prefix, without it in their names."""
+        names = {n.removeprefix(prefix): n for n in self.tensors if n.startswith(prefix)}
+        return self._replace(tensors={short: self.tensors[n] for short, n in names.items()})
 
     def numbers(self, name: str) -> Tensor:
         """One tensor in float32. Raises CheckpointError for NaN, Inf and whole numbers."""
@@ -77,17 +75,20 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES)
 
 
-def short_digest(parts: Iterable[Weights]) -> str:
+def short_digest(files: Iterable[Weights]) -> str:
     """12 hex digits that stand for these files in an extractor's name."""
-    own = [part.digest for part in parts]
-    whole = own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
-    return whole[:12]
+    digests = [file.digest for file in files]
+    if len(digests) == 1:
+        return digests[0][:12]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
-def check_shapes(weights: Weights, expected: Shapes, what: str, unused: Iterable[str] = ()) -> None:
+def check_shapes(
+    weights: Weights, expected: Shapes, title: str, unused: Iterable[str] = ()
+) -> None:
     """Raise CheckpointError unless the file has these tensors, and besides only `unused` ones.
 
-    unused  what names of tensors that are not read end with, or a whole name
+    unused  names, or ends of names, of tensors that are not read
     """
     shapes, endings = weights.shapes, tuple(unused)
     complaints = {
@@ -102,29 +103,29 @@ def check_shapes(weights: Weights, expected: Shapes, what: str, unused: Iterable
         ],
     }
     problems = [
-        f"{len(names)} {kind}, such as {', '.join(names[:SHOWN])}"
+        f"{len(names)} {kind}, such as {', '.join(names[:MOST_NAMES])}"
         for kind, names in complaints.items()
         if names
     ]
     if problems:
         raise CheckpointError(
-            f"{weights.path}: expected {what}, but {'; '.join(problems)}: give the published file "
+            f"{weights.path}: expected {title}, but {'; '.join(problems)}: give the published file "
             "whole"
         )
 
 
-def filled(build: Callable[[], M], weights: Weights, what: str, unused: Iterable[str] = ()) -> M:
+def filled(build: Callable[[], M], weights: Weights, title: str, unused: Iterable[str] = ()) -> M:
     """The module with the file's numbers in float32, in evaluation mode.
 
-    Raises CheckpointError for tensors that are missing, of another shape, not finite, or that the
-    module has no place for and `unused` does not end.
+    Raises CheckpointError for tensors that are missing, of another shape, not finite, or neither
+    the module's nor `unused`, see `check_shapes`.
     """
     check_threads()
     with torch.device("meta"):
         module = build()
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_shapes(weights, own, what, unused)
-    state = {name: weights.numbers(name) for name in own}
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_shapes(weights, shapes, title, unused)
+    state = {name: weights.numbers(name) for name in shapes}
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -1,12 +1,12 @@
 """The cases of a study: one plan each, or one other method on a plan.
 
 plans     the paper's: base, distilled, hybrid, skip-first, replace-final (tables 2, 3 and E.1)
-k         distilled steps that the base takes the place of (figure 7b)
-n         steps of the base's own grid, of which it runs those before the hand-off (figure 7c)
+k         how many of the distilled steps the base replaces (figure 7b)
+n         steps of the base's grid, of which it runs those before the hand-off (figure 7c)
 guidance  of the base's step (figure 7a)
 handoff   the noise level at which the distilled model takes over; and as a control the distilled
-          model itself in the base's place, since most levels are none that it was trained at
-methods   others' ways to variety, on the distilled model alone unless a plan is named
+          model itself instead of the base, as it was not trained at most of these levels
+methods   other methods for varied pictures, on the distilled model unless a plan is named
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headstart.plan.spacing import Process, Spacing
 Part = Literal["plans", "k", "n", "guidance", "handoff", "methods"]
 PARTS: tuple[Part, ...] = get_args(Part)
 EXPERIMENTS = ("curve", "control", "timeline")
-"""Parts that are no cases, see `headstart.study.experiments`."""
+"""Parts without cases, see `headstart.study.experiments`."""
 GUIDANCES = (1.5, 2.0, 3.0, 5.0, 7.0)
 SUBSTEPS = (2, 3, 4, 5, 10)
 """n as a multiple of the distilled model's steps, so that the grids meet."""
@@ -49,10 +49,10 @@ class Case:
 
     plan, settings  of `Engine.compile`
     diversify       methods, as `Engine.sample` takes them
-    at              the value on the grid of its part; None for a case that is on none
+    at              the value on the grid of its part; None for a case without a grid
     method          the name of the first method
-    about           what it is, in a table's words
-    against         the case that says what distilling lost, of which this one recovers a share
+    about           a description for tables
+    against         the case that shows what distilling lost, of which this one recovers a share
     """
 
     name: str
@@ -67,7 +67,7 @@ class Case:
 
 
 Grids = Mapping[Part, Sequence[Any]]
-"""What is varied; of a part that is absent the usual values. A method is "cads:0.25" on the
+"""The values of each part; the usual ones of a part that is absent. A method is "cads:0.25" on the
 distilled model, or "hybrid+select:2" on a plan named before `+`; "hybrid+select:2+cads:0.1" is both
 at once."""
 
@@ -83,8 +83,8 @@ def cases_of(
     """Every case by name, in the order of the tables.
 
     pair      how the distilled model is run
-    steps     of it
-    schedule  its own noise schedule, which levels are read on
+    steps     of the distilled model
+    schedule  the distilled model's, which hand-off levels refer to
     methods   the usual ones
 
     Raises InputError for a value that is on a grid twice or makes no plan.
@@ -99,14 +99,14 @@ def cases_of(
         **grids,
     }
     cases = [*_plans(pair)]
-    for part, own in values.items():
+    for part, grid in values.items():
         if part in parts and part == "handoff":
-            cases += _handoffs(pair, steps, schedule, own)
+            cases += _handoffs(pair, steps, schedule, grid)
         elif part in parts:
-            cases += [_method(v) if part == "methods" else _varied(part, v, steps) for v in own]
+            cases += [_method(v) if part == "methods" else _hybrid(part, v, steps) for v in grid]
     names = [case.name for case in cases]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"case {twice!r} is there twice: give each value of a grid once")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"case {duplicate!r} is there twice: give each value of a grid once")
     return dict(zip(names, cases, strict=True))
 
 
@@ -127,16 +127,16 @@ def _plans(pair: Pair) -> Iterator[Case]:
             yield Case(name=name, part="plans", about=words, plan=plan, settings=settings)
 
 
-_VARIED = {
+_HYBRIDS = {
     "k": ("k", "hybrid, the base takes {:g} of {} steps"),
     "n": ("n", "hybrid, the base on its own {:g}-step grid"),
     "guidance": ("base_guidance", "hybrid, base step at guidance {:g}"),
 }
-"""Part -> the setting of the hybrid that it varies, and what a case of it is."""
+"""Part -> the setting of the hybrid that it varies, and a description of a case."""
 
 
-def _varied(part: Part, value: float, steps: int) -> Case:
-    setting, about = _VARIED[part]
+def _hybrid(part: Part, value: float, steps: int) -> Case:
+    setting, about = _HYBRIDS[part]
     return Case(
         name=f"{part}-{value:g}",
         part=part,
@@ -150,10 +150,9 @@ def _varied(part: Part, value: float, steps: int) -> Case:
 def _handoffs(pair: Pair, steps: int, schedule: Process, levels: Sequence[float]) -> Iterator[Case]:
     """One step from the top down to each level, then the distilled model from there on."""
     student = pair.distilled(steps)
-    grid, column = student.grid(schedule), "sigmas"
-    if isinstance(schedule, NoiseSchedule):  # a table of timesteps
-        column = "timesteps"
-    own: tuple[float, ...] = getattr(grid, column)
+    grid = student.grid(schedule)
+    column = "timesteps" if isinstance(schedule, NoiseSchedule) else "sigmas"
+    grid_points: tuple[float, ...] = getattr(grid, column)
 
     def leg_on(points: tuple[float, ...]) -> Leg:
         columns: dict[str, Any] = {"timesteps": None, "sigmas": None, column: points}
@@ -166,10 +165,10 @@ def _handoffs(pair: Pair, steps: int, schedule: Process, levels: Sequence[float]
                 f"hand-off level {level:g}: expected a noise level of the distilled model, above 0 "
                 f"and below {schedule.highest[1]:.4g}"
             )
-        points, sigma = _points(own, grid.sigmas, schedule, level)
+        points, sigma = _points(grid_points, grid.sigmas, schedule, level)
         for model, first, words in (
             ("base", base_step, "the base"),
-            ("distilled", leg_on(own[:1]), "control: the student itself"),
+            ("distilled", leg_on(grid_points[:1]), "control: the student itself"),
         ):
             legs, name = (first, leg_on(points)), f"{model}-to-{points[0]:.4g}"
             yield Case(
@@ -184,11 +183,11 @@ def _handoffs(pair: Pair, steps: int, schedule: Process, levels: Sequence[float]
 def _points(
     points: tuple[float, ...], sigmas: tuple[float, ...], schedule: Process, level: float
 ) -> tuple[tuple[float, ...], float]:
-    """Where the distilled model starts to go on from `level`, and the level that this is.
+    """Timesteps or sigmas at which the distilled model goes on from `level`, and that level.
 
-    Its own levels below it, and before them the level itself: on a table of timesteps the nearest
-    whole one, as networks of such a table were trained on no other. A level within 5 % of one of
-    its own is that one.
+    These are the grid's points below it, and before them the level itself: on a table of timesteps
+    the nearest whole timestep, as networks of such a table were trained on no other. A level within
+    5 % of one of the grid's is that one.
     """
     for number, sigma in enumerate(sigmas):
         if abs(sigma - level) <= NEAR * level:
@@ -201,8 +200,9 @@ def _points(
 
 
 def _method(text: str) -> Case:
-    named, _, rest = text.partition("+")
-    plan, methods = ("distilled", text) if ":" in named else (named, rest)
+    plan, _, methods = text.partition("+")
+    if ":" in plan:  # a method, and no plan before it
+        plan, methods = "distilled", text
     if not methods:
         raise InputError(
             f"method {text!r:.60}: expected NAME:VALUE or PLAN+NAME:VALUE, such as cads:0.1 "

@@ -33,7 +33,7 @@ from headstart.traces.decoders import Decoder
 from headstart.traces.structure import Space, between, feature_space, features_of, toward
 
 AGAINST = "base"
-"""The plan whose steps are counted until it shows what another one does at its first."""
+"""The plan whose steps are counted until it shows as much as another plan's first step."""
 
 
 def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArray[Any]]:
@@ -45,14 +45,17 @@ def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArra
     """
     decoder.check_space(setting.engine.weights.lineage)
     space = feature_space(setting.judge.extractor)
-    none = blank(setting, decoder)
+    blank_rgb = blank(setting, decoder)
     cell: dict[str, NDArray[Any]] = {"space": np.array(space.extractor.name)}
     for plan, table in setting.plans.items():
-        parts = [_seen(x0, decoder, space, none) for x0 in setting.each_part(prompt, table)]
-        good, distance, share, features = (
+        parts = [
+            _measure_pictures(x0, decoder, space, blank_rgb)
+            for x0 in setting.x0_parts(prompt, table)
+        ]
+        finite, distance, share, features = (
             np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)
         )
-        check_pictures(good & good[-1], prompt, table, decoder)
+        check_pictures(finite & finite[-1], prompt, table, decoder)
         if not np.isfinite(share).any(1).all():
             raise InputError(
                 f"{prompt!r}, plan {plan!r}: finished pictures are the {decoder.name} decoder's "
@@ -61,7 +64,7 @@ def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArra
         cell |= {
             f"{plan}/share": share,
             f"{plan}/distance": distance,
-            f"{plan}/spread": _spreads(features, good, space),
+            f"{plan}/spread": _spreads(features, finite, space),
             f"{plan}/timestep": np.array([step.timestep for step in table]),
             f"{plan}/passes": passes_so_far(table),
         }
@@ -97,35 +100,35 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
     }
 
 
-def _seen(
-    x0: Tensor, decoder: Decoder, space: Space, none: Rgb
+def _measure_pictures(
+    x0: Tensor, decoder: Decoder, space: Space, blank_rgb: Rgb
 ) -> tuple[NDArray[np.bool_], Array, Array, NDArray[np.float32]]:
-    """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]: whether there is a picture, distance
-    and share [S, n]; features [S, n, d], of a wide space, where they are millions, [S, n, 0]."""
-    drawn = [decoder(row).host() for row in x0]
-    good = np.stack([row.finite for row in drawn])
-    if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
+    """Of x0 [S, n, C, h, w] and the blank [1, H, W, 3]: whether there is a picture, distance and
+    share [S, n]; features [S, n, d], of a wide space, where they are millions, [S, n, 0]."""
+    pictures = [decoder(row).host() for row in x0]
+    finite = np.stack([row.finite for row in pictures])
+    if space.extractor.wide:  # inner products of one seed's pictures are all that is needed
         by_seed = [
-            features_of(space, np.concatenate([row.rgb[[seed]] for row in drawn] + [none]))
-            for seed in range(good.shape[1])
+            features_of(space, np.concatenate([row.rgb[[seed]] for row in pictures] + [blank_rgb]))
+            for seed in range(finite.shape[1])
         ]
-        toward_last = [toward(own[:-1, None], own[-2:-1], own[-1:], space) for own in by_seed]
+        toward_last = [toward(rows[:-1, None], rows[-2:-1], rows[-1:], space) for rows in by_seed]
         distance, share = np.concatenate(toward_last, axis=2)
-        features = np.empty((*good.shape, 0))
+        features = np.empty((*finite.shape, 0))
     else:
-        features = np.stack([features_of(space, row.rgb) for row in drawn])
-        distance, share = toward(features, features[-1], features_of(space, none), space)
-    distance, share = (np.where(good & good[-1], own, np.nan) for own in (distance, share))
-    return good, distance, share, features.astype(np.float32)
+        features = np.stack([features_of(space, row.rgb) for row in pictures])
+        distance, share = toward(features, features[-1], features_of(space, blank_rgb), space)
+    distance, share = np.where(finite & finite[-1], (distance, share), np.nan)
+    return finite, distance, share, features.astype(np.float32)
 
 
-def _spreads(features: NDArray[np.float32], good: NDArray[np.bool_], space: Space) -> Array:
+def _spreads(features: NDArray[np.float32], finite: NDArray[np.bool_], space: Space) -> Array:
     """[S]: the mean distance between the seeds that have a picture."""
-    spreads = np.full(len(good), np.nan)
-    for row, seen in enumerate(good) if features.size else ():
-        if seen.sum() > 1:
-            apart = between(features[row, seen].astype(np.float64), space)
-            spreads[row] = off_diagonal_mean(apart)
+    spreads = np.full(len(finite), np.nan)
+    for row, seeds in enumerate(finite) if features.size else ():
+        if seeds.sum() > 1:
+            distances = between(features[row, seeds].astype(np.float64), space)
+            spreads[row] = off_diagonal_mean(distances)
     return spreads
 
 
@@ -135,9 +138,9 @@ def _plan(cells: Sequence[Arrays], plan: str, share: Array) -> dict[str, Any]:
     return {
         "passes": cells[0][f"{plan}/passes"].tolist(),
         "timesteps": [round(value, 3) for value in cells[0][f"{plan}/timestep"].tolist()],
-        "share": [interval(own) for own in share.T],
-        "distance": [interval(own) for own in np.nanmean(distances, axis=2).T],
-        "spread": [interval(own) if np.isfinite(own).all() else None for own in spreads],
+        "share": [interval(step) for step in share.T],
+        "distance": [interval(step) for step in np.nanmean(distances, axis=2).T],
+        "spread": [interval(step) if np.isfinite(step).all() else None for step in spreads],
         "missing": int(np.isnan(distances).sum()),
     }
 
@@ -145,14 +148,14 @@ def _plan(cells: Sequence[Arrays], plan: str, share: Array) -> dict[str, Any]:
 def _match(base: Array, other: Array) -> tuple[int, list[int] | None]:
     """The first step of base [P, S] with the share of the first of other [P, S'], and 95 % ends."""
 
-    def steps(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Of the means over prompts [R, P]; the last step's share is 1, so there is one."""
-        return 1 + (base[chosen].mean(1) >= other[chosen].mean(1)[:, :1]).argmax(1)
+    def steps(picks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[R], from the means over prompts [R, P]; the last step's share is 1, so there is one."""
+        return 1 + (base[picks].mean(1) >= other[picks].mean(1)[:, :1]).argmax(1)
 
     count = len(base)
-    whole = int(steps(np.arange(count)[None])[0])
+    step = int(steps(np.arange(count)[None])[0])
     if count == 1:
-        return whole, None
+        return step, None
     picks = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     low, high = np.quantile(steps(picks), [0.025, 0.975])
-    return whole, [int(low), int(high)]
+    return step, [int(low), int(high)]

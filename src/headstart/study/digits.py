@@ -16,8 +16,8 @@ from headstart.metrics.resample import Interval
 NONE = "-"
 MOST_PLACES = 6
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Characters that XML forbids, that move a terminal's cursor, that turn the text after them around,
-or that UTF-8 cannot spell."""
+"""Characters that XML forbids, that move a terminal's cursor, that reverse the text after them, or
+that UTF-8 cannot encode."""
 
 
 class Cell(NamedTuple):
@@ -33,10 +33,8 @@ class Cell(NamedTuple):
 def interval(number: object, factor: float = 1.0) -> Interval | None:
     """`factor` times a number, or times {"value", "low", "high"}: None unless finite, and without
     ends unless both are."""
-    parts = {"value": number}
-    if isinstance(number, Mapping):
-        parts = cast("Mapping[str, object]", number)
-    value, low, high = (factor * _finite(parts.get(name)) for name in Interval._fields)
+    fields = branch(number) or {"value": number}
+    value, low, high = (factor * _finite(fields.get(name)) for name in Interval._fields)
     if math.isnan(value):
         return None
     return Interval(value) if math.isnan(low + high) else Interval(value, low, high)
@@ -45,9 +43,7 @@ def interval(number: object, factor: float = 1.0) -> Interval | None:
 def look_up(tree: object, *names: str) -> Any:
     """tree[a][b]...; None where a name is missing on the way."""
     for name in names:
-        if not isinstance(tree, Mapping):
-            return None
-        tree = cast("Mapping[str, object]", tree).get(name)
+        tree = cast("Mapping[str, object]", tree).get(name) if isinstance(tree, Mapping) else None
     return tree
 
 
@@ -65,14 +61,14 @@ def entries(tree: object, *names: str) -> Sequence[Any]:
 
 def places(column: Iterable[Interval | None]) -> int | None:
     """Digits after the point for a column, from its median interval; None where none has one."""
-    widths = sorted(own.high - own.low for own in column if own is not None and own.high > own.low)
+    widths = sorted(n.high - n.low for n in column if n is not None and n.high > n.low)
     if not widths:
         return None
     return min(max(1 - math.floor(math.log10(widths[len(widths) // 2])), 0), MOST_PLACES)
 
 
 def write(value: float, digits: int | None) -> str:
-    """`digits` after the point; None: as many as show three that count."""
+    """`digits` after the point; None: three significant ones."""
     if digits is None:
         digits = 2 - math.floor(math.log10(abs(value))) if value else 0
         text = f"{value:.{min(max(digits, 0), MOST_PLACES)}f}"
@@ -87,7 +83,8 @@ def write(value: float, digits: int | None) -> str:
 
 
 def cell(number: Interval | None, digits: int | None) -> Cell:
-    """`digits` of its column; its own where those would show as 0 what is surely not 0."""
+    """With the `digits` of its column; with its own ones where those would show 0 for a number
+    whose interval excludes 0."""
     if number is None:
         return Cell(NONE)
     value, low, high = number
@@ -104,21 +101,21 @@ def cells(column: Sequence[Interval | None]) -> list[Cell]:
     return [cell(number, digits) for number in column]
 
 
-def written(number: Interval | None) -> str:
+def interval_text(number: Interval | None) -> str:
     """One number alone, with its own digits."""
     return str(*cells([number]))
 
 
 def plain(text: object, longest: int = 200) -> str:
-    """Text that can be put anywhere: what cannot be seen or spelt is written as its escape."""
-    whole = _HIDDEN.sub(lambda odd: repr(odd[0])[1:-1], unicodedata.normalize("NFC", str(text)))
-    return whole if len(whole) <= longest else whole[: longest - 1] + "…"
+    """Text that is safe anywhere: characters that are invisible or not encodable are escaped."""
+    line = _HIDDEN.sub(lambda match: repr(match[0])[1:-1], unicodedata.normalize("NFC", str(text)))
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
     try:
-        return float(value) if math.isfinite(value) else math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
     except OverflowError:  # a whole number beyond 1e308
-        return math.nan
+        pass
+    return math.nan

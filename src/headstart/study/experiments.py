@@ -1,7 +1,7 @@
-"""Experiments that are no plan's pictures, as cells of a study: figure 5, controls, timelines.
+"""Experiments besides the pictures of plans, as cells of a study: figure 5, controls, timelines.
 
 Each runs on the base, the distilled model and the hybrid, and on the first few seeds, as it decodes
-every step or draws every strength.
+every step or samples at every strength.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from headstart.study import control, curve, timeline
 from headstart.study.cases import EXPERIMENTS, Case
 from headstart.study.control import Control
 from headstart.study.lab import Lab
-from headstart.study.steps import Setting, scored
+from headstart.study.steps import Setting, text_scorer
 from headstart.study.store import Arrays
 from headstart.study.study import Experiment
 from headstart.traces.decoders import decoder
@@ -29,7 +29,7 @@ SEEDS = 8
 
 
 class Attachable(NamedTuple):
-    """An adapter whose effect is measured: its file, attached while it is and at no other time."""
+    """An adapter whose effect is measured: its file is attached only during its measurements."""
 
     path: Path
     control: Control
@@ -38,30 +38,31 @@ class Attachable(NamedTuple):
 def experiments_of(
     lab: Lab, cases: Mapping[str, Case], parts: Sequence[str] | None, controls: Sequence[Attachable]
 ) -> tuple[list[Experiment], tuple[str, ...]]:
-    """Those of `parts`, or all that the judge and the prompts allow; and why not others.
+    """Those of `parts`, or all that the judge and the prompts allow; and notes on the others.
 
-    Raises InputError for one of `parts` that cannot be.
+    Raises InputError for one of `parts` that cannot be measured.
     """
     plans = {name: lab.table(cases[name]) for name in PLANS if name in cases}
     setting = Setting(lab.engine, lab.seeds[:SEEDS], plans, lab.judge, lab.size)
-    usual = EXPERIMENTS if controls else ("curve", "timeline")
-    wanted = usual if parts is None else parts
-    experiments = [_curve(lab, setting)] if "curve" in wanted else []
+    names = parts
+    if names is None:
+        names = EXPERIMENTS if controls else ("curve", "timeline")
+    experiments = [_curve(lab, setting)] if "curve" in names else []
     if parts is None and lab.judge.score is None:
-        left = "controls and timelines" if controls else "timelines"
-        return experiments, (f"{left} are left out: these features score no text",)
-    if {"control", "timeline"} & set(wanted):
-        scored(lab.judge, ())  # raises now what a cell would after hours of others
-    if "control" in wanted:
+        skipped = "controls and timelines" if controls else "timelines"
+        return experiments, (f"{skipped} are left out: these features score no text",)
+    if {"control", "timeline"} & set(names):
+        text_scorer(lab.judge, ())  # raises now what a cell would raise after hours of others
+    if "control" in names:
         experiments.append(_control(lab, setting, controls))
-    if "timeline" not in wanted:
+    if "timeline" not in names:
         return experiments, ()
     numbers = [n for n, prompt in enumerate(lab.prompts) if timeline.names_concepts(prompt)]
     if not numbers:
         return experiments, ("timelines are left out: no prompt names a concept to follow",)
     experiments.append(_timeline(lab, setting, numbers))
-    left = len(lab.prompts) - len(numbers)
-    return experiments, (f"timelines leave {left} prompts out that name no concept",) * (left > 0)
+    skips = len(lab.prompts) - len(numbers)
+    return experiments, (f"timelines leave {skips} prompts out that name no concept",) * (skips > 0)
 
 
 def _curve(lab: Lab, setting: Setting) -> Experiment:
@@ -74,9 +75,9 @@ def _curve(lab: Lab, setting: Setting) -> Experiment:
 def _control(lab: Lab, setting: Setting, controls: Sequence[Attachable]) -> Experiment:
     if not controls:
         raise InputError("part control: which adapter does what? give --control FILE=WORDS")
-    by_name = {own.control.adapter: own for own in controls}
+    by_name = {attachable.control.adapter: attachable for attachable in controls}
     identities: dict[str, str] = {}
-    for name, (path, (_, words, _)) in by_name.items():
+    for name, (path, adapter) in by_name.items():
         if name in lab.engine.adapters.now().attached:
             raise InputError(
                 f"control {name!r}: it is attached to the whole study already (--lora): leave one "
@@ -85,20 +86,20 @@ def _control(lab: Lab, setting: Setting, controls: Sequence[Attachable]) -> Expe
         lab.engine.attach(path, 0.0, name=name)  # one that does not fit is named before the work
         lab.engine.detach(name)
         digest = record.weigh({"adapter": (str(path), (path,))})["adapter"]["sha256"]
-        identities[name] = f"{digest} {words} {by_name[name].control.every}"
+        identities[name] = f"{digest} {adapter.words} {adapter.all_strengths}"
 
     def measure(name: str, prompt: str) -> Arrays:
-        path, own = by_name[name]
+        path, adapter = by_name[name]
         lab.engine.attach(path, 0.0, name=name)
         try:
-            return control.measure(setting, prompt, own)
+            return control.measure(setting, prompt, adapter)
         finally:
             lab.engine.detach(name)
 
-    def runs(name: str, _: str) -> int:
-        return len(by_name[name].control.every)
-
-    return _experiment(lab, setting, "control", identities, measure, control.numbers, runs)
+    return _experiment(
+        lab, setting, "control", identities, measure, control.numbers,
+        runs=lambda name, _: len(by_name[name].control.all_strengths),
+    )  # fmt: skip
 
 
 def _timeline(lab: Lab, setting: Setting, numbers: Sequence[int]) -> Experiment:
@@ -107,12 +108,10 @@ def _timeline(lab: Lab, setting: Setting, numbers: Sequence[int]) -> Experiment:
     def measure(_: str, prompt: str) -> Arrays:
         return timeline.measure(setting, prompt, decoder(lab.engine, "full"), unasked=unasked)
 
-    def runs(_: str, prompt: str) -> int:
-        return timeline.runs_of(prompt)
-
-    cases = {"concepts": json.dumps(unasked)}
-    whole = _experiment(lab, setting, "timeline", cases, measure, timeline.numbers, runs)
-    return whole._replace(prompts=numbers)
+    return _experiment(
+        lab, setting, "timeline", {"concepts": json.dumps(unasked)}, measure, timeline.numbers,
+        runs=lambda _, prompt: timeline.runs_of(prompt),
+    )._replace(prompts=numbers)  # fmt: skip
 
 
 def _experiment(
@@ -124,10 +123,10 @@ def _experiment(
     numbers: Callable[[Sequence[Arrays]], dict[str, Any]],
     runs: Callable[[str, str], int] | None = None,
 ) -> Experiment:
-    """One that is measured on every prompt.
+    """An experiment that is measured on every prompt.
 
     cases  name -> what decides its cells, besides plans, prompt, seeds and judge
-    runs   of a case and a prompt: how often each plan is run; None: once
+    runs   (case, prompt) -> how often each plan is run; None: once
     """
     judge = [lab.judge.extractor.name, lab.judge.scored_by]
 

@@ -1,4 +1,4 @@
-"""The figures of a study, each as SVG with a title and a caption; those whose data is there.
+"""The figures of a study that its data allows, each as SVG with a title and a caption.
 
 diversity  of every plan, a panel a feature space
 grids      guidance, k and n (figure 7 of arXiv:2503.10637)
@@ -17,25 +17,25 @@ from typing import Any, NamedTuple
 from headstart.errors import InputError
 from headstart.metrics.resample import Interval
 from headstart.study.canvas import (
+    CYCLE,
     GREY,
-    OTHERS,
     PLANS,
     Canvas,
     Mark,
     Points,
-    canvas,
-    course,
     dot,
+    draw_line,
     legend,
     marks,
+    name_ticks,
+    new_canvas,
     number_ticks,
     panels,
-    ranks,
     style,
     svg_of,
 )
-from headstart.study.courses import draw_control, draw_curve, draw_timeline, points_of
-from headstart.study.digits import entries, interval, look_up, plain, written
+from headstart.study.digits import entries, interval, interval_text, look_up, plain
+from headstart.study.lines import draw_control, draw_curve, draw_timeline, points_of
 from headstart.study.scatter import draw_methods
 from headstart.study.table import (
     CONTROL,
@@ -44,7 +44,7 @@ from headstart.study.table import (
     Row,
     in_space,
     of_row,
-    part_of,
+    part_rows,
     rows_of,
     spaces_of,
 )
@@ -74,52 +74,52 @@ def draw_figures(report: Report) -> list[Figure]:
     figures: list[Figure] = []
     with style():
         for name, (title, draw) in _FIGURES.items():
-            if drawn := draw(report):
-                on, caption = drawn
-                figures.append(Figure(name, title, caption, svg_of(on, name, title)))
+            if drawing := draw(report):
+                canvas, caption = drawing
+                figures.append(Figure(name, title, caption, svg_of(canvas, name, title)))
     return figures
 
 
 def _diversity(report: Report) -> tuple[Canvas, str] | None:
-    plans, spaces = part_of(report, "plans"), spaces_of(report)
+    plans, spaces = part_rows(report, "plans"), spaces_of(report)
     if not plans or not spaces:
         return None
-    own = marks(list(plans))
-    on = panels(len(spaces), 2.9, 0.75 + 0.24 * len(plans))
-    for axis, space in zip(on.axes.flat, spaces, strict=False):
-        for at, (name, row) in enumerate(plans.items()):
+    plan_marks = marks(list(plans))
+    canvas = panels(len(spaces), 2.9, 0.75 + 0.24 * len(plans))
+    for axis, space in zip(canvas.axes.flat, spaces, strict=False):
+        for y, (name, row) in enumerate(plans.items()):
             if (number := in_space(space, "diversity")(row)) is not None:
-                text = f"{name}: {written(number)}"
-                dot(on, axis, number, Interval(float(at)), own[name], text)
+                text = f"{name}: {interval_text(number)}"
+                dot(canvas, axis, number, Interval(float(y)), plan_marks[name], text)
         axis.set_title(plain(space, 40))
         axis.set_xlabel(f"mean pairwise {_distance(report, space)} distance")
         axis.set_xlim(left=0)
         axis.margins(x=0.12)
-    ranks(on.axes[0][0], list(plans))
-    return on, (
+    name_ticks(canvas.axes[0][0], list(plans))
+    return canvas, (
         "Mean distance between two images of one prompt, with 95 % intervals. Each "
         "feature space has a scale of its own."
     )
 
 
 def _distance(report: Report, space: str) -> str:
-    own = [one for one in entries(report, "spaces") if look_up(one, "name") == space]
-    return plain(look_up(own[0], "distance") or "", 20) if own else ""
+    entry = next((e for e in entries(report, "spaces") if look_up(e, "name") == space), None)
+    return plain(look_up(entry, "distance") or "", 20)
 
 
 def _measures(report: Report, rows: Mapping[str, Row], *, recovered: bool) -> dict[str, Measure]:
-    """What can be drawn of these rows: diversity, then how right the pictures are."""
+    """The measures that some of these rows have: diversity, then how right the pictures are."""
     space, *_ = *spaces_of(report), ""
-    every = {
+    measures = {
         "recovered diversity (%)": in_space(space, "recovered"),
         "diversity": in_space(space, "diversity"),
         "score (cosine)": of_row("score"),
         "Frechet distance": in_space(space, "frechet"),
     }
-    known = {head: own for head, own in every.items() if any(map(own, rows.values()))}
-    if "recovered diversity (%)" in known:
-        del known["diversity" if recovered else "recovered diversity (%)"]
-    return known
+    measures = {label: of for label, of in measures.items() if any(map(of, rows.values()))}
+    if "recovered diversity (%)" in measures:
+        del measures["diversity" if recovered else "recovered diversity (%)"]
+    return measures
 
 
 _GRIDS = {
@@ -130,28 +130,28 @@ _GRIDS = {
 
 
 def _grids(report: Report) -> tuple[Canvas, str] | None:
-    parts = {part: rows for part in _GRIDS if (rows := _placed(part_of(report, part)))}
-    every = {case: row for rows in parts.values() for case, row in rows.items()}
-    measures = _measures(report, every, recovered=False)
+    parts = {part: rows for part in _GRIDS if (rows := _rows_on_grid(report, part))}
+    all_rows = {case: row for rows in parts.values() for case, row in rows.items()}
+    measures = _measures(report, all_rows, recovered=False)
     if not measures:
         return None
-    on = canvas(
+    canvas = new_canvas(
         len(measures), len(parts), 1.2 + 2.75 * len(parts), 0.7 + 1.75 * len(measures),
         sharex="col", sharey="row",
     )  # fmt: skip
-    for axes, (label, measure) in zip(on.axes, measures.items(), strict=True):
+    for axes, (label, measure) in zip(canvas.axes, measures.items(), strict=True):
         axes[0].set_ylabel(label)
         for axis, (part, rows) in zip(axes, parts.items(), strict=True):
             _levels(report, axis, measure)
             words = _GRIDS[part][2].format
-            course(on, axis, _points(rows, measure), OTHERS[0], "hybrid", words)
-    for above, below, (part, rows) in zip(on.axes[0], on.axes[-1], parts.items(), strict=True):
-        letter, meaning, _ = _GRIDS[part]
-        above.set_title(f"({letter}) {part}")
-        below.set_xlabel(meaning)
-        number_ticks(below.xaxis, [float(row["at"]) for row in rows.values()])
-    legend(on)
-    return on, (
+            draw_line(canvas, axis, _points(rows, measure), CYCLE[0], "hybrid", words)
+    for axes, (part, rows) in zip(canvas.axes.T, parts.items(), strict=True):
+        letter, label, _ = _GRIDS[part]
+        axes[0].set_title(f"({letter}) {part}")
+        axes[-1].set_xlabel(label)
+        number_ticks(axes[-1].xaxis, [float(row["at"]) for row in rows.values()])
+    legend(canvas)
+    return canvas, (
         "The hybrid with one setting varied, as in figure 7 of the paper, which found best: no "
         "guidance on the base's step, k = 1, n = the distilled model's own steps. Horizontal "
         "lines: the plans as they are. 95 % intervals."
@@ -159,38 +159,39 @@ def _grids(report: Report) -> tuple[Canvas, str] | None:
 
 
 def _handoff(report: Report) -> tuple[Canvas, str] | None:
-    part = part_of(report, "handoff")
-    rows = {case: row for case, row in _placed(part).items() if float(row["at"]) > 0}
+    on_grid = _rows_on_grid(report, "handoff")
+    rows = {case: row for case, row in on_grid.items() if float(row["at"]) > 0}
     measures = _measures(report, rows, recovered=True)
     if not measures:
         return None
-    on = canvas(1, len(measures), 1.0 + 3.0 * len(measures), 3.3)
+    canvas = new_canvas(1, len(measures), 1.0 + 3.0 * len(measures), 3.3)
     lines = {
         "the base, then the distilled model": (PLANS["hybrid"], False),
         "control: the distilled model throughout": (Mark(GREY, "s", (0, (1, 1.5))), True),
     }
-    for axis, (label, measure) in zip(on.axes[0], measures.items(), strict=True):
+    for axis, (label, measure) in zip(canvas.axes[0], measures.items(), strict=True):
         _levels(report, axis, measure)
         for name, (mark, control) in lines.items():
-            own = {case: row for case, row in rows.items() if case.endswith(CONTROL) == control}
-            course(on, axis, _points(own, measure), mark, name, "sigma {:.4g}".format)
+            line = {case: row for case, row in rows.items() if case.endswith(CONTROL) == control}
+            draw_line(canvas, axis, _points(line, measure), mark, name, "sigma {:.4g}".format)
         axis.set_xscale("log")
         axis.set_ylabel(label)
         axis.set_xlabel("noise level sigma at the hand-off")
         number_ticks(axis.xaxis, [float(row["at"]) for row in rows.values()], most=7)
         axis.invert_xaxis()
-    legend(on)
-    gone = len(part) - len(rows)
-    return on, (
+    legend(canvas)
+    omitted = len(part_rows(report, "handoff")) - len(rows)
+    return canvas, (
         "A run goes from left to right: the base's one step ends at this noise level. The control "
         "is the distilled model taking the same step. Horizontal lines: the plans as they are. "
         "95 % intervals."
-        + (f" In the tables only, as they have no level above 0: {gone}." if gone else "")
+        + (f" In the tables only, as they have no level above 0: {omitted}." if omitted else "")
     )
 
 
-def _placed(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows that have a finite place on their grid."""
+def _rows_on_grid(report: Report, part: str) -> dict[str, Row]:
+    """The rows of a part that have a finite value on its grid."""
+    rows = part_rows(report, part)
     return {case: row for case, row in rows.items() if interval(row.get("at")) is not None}
 
 

@@ -1,11 +1,11 @@
-"""What a study measures with, and one cell of it: a case's pictures of one prompt, as numbers.
+"""What a study measures with, and one of its cells: a case's pictures of one prompt, as numbers.
 
 diversity@SPACE  [1 + R]  of all seeds, then of R draws of the seeds
 vendi@SPACE      []       effective number of different pictures; NaN where cosines mean nothing
 features@SPACE   [n, d]   float32, where a Gaussian of them means something
 score, nearest   [n]      of each picture; where a judge has text, and where there is a reference
-scored_by        []       whose score it is: a folder may be measured again with another's
-chosen           [n]      seeds that a method chose in place of the run's own
+scored_by        []       the scorer's name: a folder may be measured again with another one
+chosen           [n]      seeds that a method chose instead of the run's
 images, passes, networks, seconds []    passes and wall seconds of one picture; UNets in memory
 """
 
@@ -36,7 +36,7 @@ from headstart.plan.by_name import PlanSettings
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge, Rgb
 from headstart.study.cases import Case
-from headstart.study.store import Arrays, Place, Store
+from headstart.study.store import Arrays, CellKey, Store
 
 NEAREST_SIDE = 64
 """Pictures are compared with the reference at this size, as a copy is a copy at any."""
@@ -44,11 +44,11 @@ NEAREST_SIDE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """An engine, judges, and what is drawn.
+    """An engine, a judge, and what is sampled.
 
     settings   of plans by name: the preset, the distilled model's grid
     size       (height, width) in pixels; None: the model's own
-    keep       pictures of each cell that are kept as files
+    keep       pictures of each cell that are saved as files
     weights    role -> SHA-256 of what is loaded, adapters too
     reference  rgb [m, 64, 64, 3] that pictures are compared with one by one
     """
@@ -65,17 +65,17 @@ class Lab:
 
     @cached_property
     def reference_digest(self) -> str | None:
-        """SHA-256 of the reference pictures: as many others are another reference."""
+        """SHA-256 of the reference pictures."""
         return None if self.reference is None else sha256(self.reference.tobytes()).hexdigest()
 
     @cached_property
     def tables(self) -> dict[str, StepTable]:
-        """Those compiled so far, by the case's name."""
+        """The tables compiled so far, by the case's name."""
         return {}
 
     def table(self, case: Case) -> StepTable:
-        """The rows of a case. That a grid leads off what a model was trained for is its purpose,
-        so there is no warning."""
+        """The rows of a case, without a warning where a grid leaves what a model was trained for:
+        that is its purpose."""
         if case.name not in self.tables:
             settings: dict[str, Any] = {**self.settings} if isinstance(case.plan, str) else {}
             if case.plan == "base":
@@ -88,14 +88,14 @@ class Lab:
         return self.tables[case.name]
 
     def check(self, case: Case) -> None:
-        """Raise what the engine would of this case, and run nothing."""
+        """Raise what the engine would raise for this case, and run nothing."""
         self.engine.iterate(
             self.prompts[0], plan=self.table(case), seeds=self.seeds, size=self.size,
             diversify=case.diversify,
         )  # fmt: skip
 
     def identity(self, case: Case, number: int) -> str:
-        """What a case's cell is of; spaces are looked for in the cell itself."""
+        """What decides a case's cell; its spaces are not part of it, as `read` looks for them."""
         return self.cell_of(
             number,
             self.seeds,
@@ -106,14 +106,14 @@ class Lab:
         )
 
     def cell_of(self, number: int, seeds: Sequence[int], **of: Any) -> str:
-        """What a cell is of, as text: a prompt and seeds by these weights, and `of`."""
-        alike = {
+        """What decides a cell, as text: a prompt, seeds, size and weights, and `of`."""
+        shared = {
             "prompt": self.prompts[number],
             "seeds": [str(seed) for seed in seeds],
             "size": self.size,
             "weights": dict(self.weights),
         }
-        return json.dumps({**alike, **of}, sort_keys=True)
+        return json.dumps({**shared, **of}, sort_keys=True)
 
     def passes(self, case: Case) -> float:
         """Network passes of all the pictures of one cell, without what methods add."""
@@ -121,7 +121,7 @@ class Lab:
 
     def read(self, store: Store, case: Case, number: int) -> Arrays | None:
         """The finished cell, if it has every space of the judge, and scores by this one."""
-        cell = store.read(Place(case.part, case.name, number), self.identity(case, number))
+        cell = store.read(CellKey(case.part, case.name, number), self.identity(case, number))
         if cell is None or any(f"diversity@{s.name}" not in cell for s in self.judge.spaces):
             return None
         scored_by = str(cell.get("scored_by", self.judge.scored_by))
@@ -130,19 +130,20 @@ class Lab:
         return cell
 
     def measure(self, store: Store, case: Case, number: int) -> None:
-        """Draw one cell, or measure again what is kept of it, and put it in place."""
-        prompt, place = self.prompts[number], Place(case.part, case.name, number)
+        """Sample one cell, or measure its saved pictures again, and write it."""
+        prompt, key = self.prompts[number], CellKey(case.part, case.name, number)
         identity = self.identity(case, number)
-        before = store.read(place, identity)
+        before = store.read(key, identity)
         rgb = None if before is None else store.pictures(case.name, number, self.seeds)
         cost = {name: before[name] for name in COST if name in before} if before else {}
         if rgb is None:
-            rgb, pngs, cost = self._draw(case, prompt)
+            rgb, pngs, cost = self._sample(case, prompt)
             store.keep(case.name, number, self.seeds, pngs)
-        store.write(place, identity, {**cost, **measured(rgb, prompt, self.judge, self.reference)})
+        numbers = measurements(rgb, prompt, self.judge, self.reference)
+        store.write(key, identity, {**cost, **numbers})
 
-    def _draw(self, case: Case, prompt: str) -> tuple[Rgb, list[bytes], dict[str, NDArray[Any]]]:
-        """Pixels, the PNGs to keep, each with its record, and what they cost."""
+    def _sample(self, case: Case, prompt: str) -> tuple[Rgb, list[bytes], dict[str, NDArray[Any]]]:
+        """Pixels, the PNGs to save, each with its record, and what they cost."""
         begin = time.perf_counter()
         table = self.table(case)
         run = self.engine.sample(
@@ -168,17 +169,17 @@ class Lab:
 COST = ("images", "passes", "networks", "seconds", "chosen")
 
 
-def measured(
+def measurements(
     rgb: Rgb, prompt: str, judge: Judge, reference: Rgb | None = None
 ) -> dict[str, NDArray[Any]]:
-    """What pictures of one prompt say of it; see the arrays above."""
+    """The arrays listed above of pictures of one prompt, without what they cost."""
     arrays: dict[str, NDArray[Any]] = {}
     for space in judge.spaces:
         features = group_features(space, rgb)
         diversity = np.array([np.nan])
         if len(features) > 1:
-            varied = measure_diversity([features], space.distance)
-            diversity = np.concatenate((varied.values, varied.drawn.ravel()))
+            values, draws = measure_diversity([features], space.distance)
+            diversity = np.concatenate((values, draws.ravel()))
         cosine = space.distance == "cosine"
         arrays[f"diversity@{space.name}"] = diversity
         arrays[f"vendi@{space.name}"] = np.array(vendi(features) if cosine else np.nan)
@@ -194,13 +195,12 @@ def measured(
 
 def nearest(rgb: Rgb, reference: Rgb) -> Array:
     """[n]: root mean square, in levels of 255, to the nearest of the reference [m, 64, 64, 3]."""
-    pixels, others = (torch.as_tensor(own).flatten(1).float() for own in (small(rgb), reference))
-    apart = torch.cdist(pixels, others).amin(1) / pixels.shape[1] ** 0.5
-    return apart.double().numpy()
+    a, b = (torch.as_tensor(pixels).flatten(1).float() for pixels in (small(rgb), reference))
+    return (torch.cdist(a, b).amin(1) / a.shape[1] ** 0.5).double().numpy()
 
 
 def small(rgb: Rgb) -> Rgb:
-    """Pictures [n, H, W, 3] at 64 x 64, each pixel the mean of its own; [n, 64, 64, 3]."""
+    """Pictures [n, H, W, 3] reduced to [n, 64, 64, 3], each pixel the mean of its area."""
     size = (NEAREST_SIDE, NEAREST_SIDE)
     box = Image.Resampling.BOX
     return np.stack([np.asarray(Image.fromarray(image).resize(size, box)) for image in rgb])

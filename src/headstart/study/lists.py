@@ -5,8 +5,8 @@ car       the one prompt of its tables D.1 and E.1, with 100 seeds
 everyday  24 prompts of this project, with 16 seeds: one subject, two, a scene, a style
 demo      what the bundled pair can draw, with 16 seeds
 
-The paper prints labels, not prompts, and no seeds: `paper` is its labels as a person would type
-them, and seeds count from 0. `car` is printed in full.
+The paper prints labels instead of prompts, and no seeds: `paper` has its labels as a person would
+type them, with seeds from 0. `car` is printed in full.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEMO = "demo"
 
 
 class PromptList(NamedTuple):
-    """Prompts, and how many seeds each has where nothing else is said."""
+    """Prompts, and how many seeds each has by default."""
 
     prompts: tuple[str, ...]
     seeds: int
@@ -36,15 +36,15 @@ class PromptList(NamedTuple):
 def read_prompts(name: str) -> PromptList:
     """The list called `name`, or a text file of one prompt a line, with 16 seeds.
 
-    Blank lines are left out, and a prompt that is there twice is there once. Raises InputError for
-    a file that is not UTF-8 text, holds no prompt, or more than 10,000.
+    Blank lines and repeated prompts are left out. Raises InputError for a file that is not UTF-8
+    text, holds no prompt, or more than 10,000.
     """
     if name == DEMO:
         import headstart_weights
 
         return PromptList(tuple(map(phrase_of, headstart_weights.manifest().concepts)), SEEDS)
-    own = files("headstart.study").joinpath("prompts", f"{name}.txt")
-    path = own if name in LISTS else Path(name)
+    file = files("headstart.study").joinpath("prompts", f"{name}.txt")
+    path = file if name in LISTS else Path(name)
     if not path.is_file():
         raise InputError(
             f"prompts {name!r:.80}: expected {', '.join((*LISTS, DEMO))}, or a text file with one "

@@ -25,7 +25,7 @@ from headstart.metrics.resample import (
 from headstart.spaces.extractor import Array, Extractor
 from headstart.study.cases import Case
 from headstart.study.store import Arrays
-from headstart.sweep.seen import Reference
+from headstart.sweep.gallery_features import Reference
 
 Cells = Mapping[str, Sequence[Arrays]]
 """Of each case its cells, one a prompt."""
@@ -44,22 +44,22 @@ def rows_of(
     `Case.against` must be among the cases."""
     rows: dict[str, Json] = {}
     for name, case in cases.items():
-        own = cells[name]
+        case_cells = cells[name]
         score, base, against = (_values(cells[n], "score") for n in (name, "base", case.against))
         rows[name] = {
             "part": case.part,
             "about": case.about,
             "at": case.at,
             "method": case.method,
-            "passes": float(np.mean([cell["passes"] for cell in own])),
-            "networks": int(own[0]["networks"]),
-            "images": int(sum(cell["images"] for cell in own)),
-            "seconds": float(np.median([cell["seconds"] for cell in own])),
+            "passes": float(np.mean([cell["passes"] for cell in case_cells])),
+            "networks": int(case_cells[0]["networks"]),
+            "images": int(sum(cell["images"] for cell in case_cells)),
+            "seconds": float(np.median([cell["seconds"] for cell in case_cells])),
             "spaces": {s.name: _space(case, cells, s, references.get(s.name)) for s in spaces},
             "score": _mean(score),
-            "score_less_base": _mean_less(score, base),
-            "score_less_distilled": _mean_less(score, against),
-            "nearest": _mean(_values(own, "nearest")),
+            "score_less_base": _mean_difference(score, base),
+            "score_less_distilled": _mean_difference(score, against),
+            "nearest": _mean(_values(case_cells, "nearest")),
         }
     return rows
 
@@ -68,7 +68,6 @@ def by_prompt(
     cases: Mapping[str, Case], cells: Cells, prompts: Sequence[str], spaces: Sequence[Extractor]
 ) -> list[Json]:
     """One entry for each case, prompt and space."""
-
     return [
         {
             "case": name,
@@ -89,24 +88,24 @@ def by_prompt(
 
 
 def _space(case: Case, cells: Cells, space: Extractor, reference: Reference | None) -> Json:
-    own, key, name = cells[case.name], f"features@{space.name}", f"diversity@{space.name}"
+    case_cells, key, name = cells[case.name], f"features@{space.name}", f"diversity@{space.name}"
     values, base, distilled = (
         np.array([cell[name].flat[0] for cell in cells[other]])
         for other in (case.name, "base", case.against)
     )
-    diversity, back, frechet = bootstrap_mean(values), None, None
-    if len(own) == 1 and own[0][name].size > 1:
-        diversity = percentiles(float(values[0]), own[0][name][1:])
+    diversity, share, frechet = bootstrap_mean(values), None, None
+    if len(case_cells) == 1 and case_cells[0][name].size > 1:
+        diversity = percentiles(float(values[0]), case_cells[0][name][1:])
     if len(values) > 1 and np.isfinite([values, base, distilled]).all():
-        back = recovered(values, base, distilled)
-    if reference is not None and all(key in cell for cell in own):
-        features = np.concatenate([cell[key] for cell in own]).astype(np.float64)
-        sizes = [len(cell[key]) for cell in own]
+        share = recovered(values, base, distilled)
+    if reference is not None and all(key in cell for cell in case_cells):
+        features = np.concatenate([cell[key] for cell in case_cells]).astype(np.float64)
+        sizes = [len(cell[key]) for cell in case_cells]
         frechet = frechet_interval(features, reference.moments, sizes=sizes, resamples=DRAWS)
     return {
         "diversity": _json(diversity),
-        "vendi": _mean(_values(own, f"vendi@{space.name}")),
-        "recovered": _json(back),
+        "vendi": _mean(_values(case_cells, f"vendi@{space.name}")),
+        "recovered": _json(share),
         "frechet": _json(frechet),
     }
 
@@ -122,9 +121,9 @@ def _mean(values: Array | None) -> Json | None:
     return None if values is None else _json(bootstrap_mean(values))
 
 
-def _mean_less(values: Array | None, others: Array | None) -> Json | None:
+def _mean_difference(a: Array | None, b: Array | None) -> Json | None:
     """Prompt by prompt, on the same seeds."""
-    return None if values is None or others is None else _mean(values - others)
+    return None if a is None or b is None else _mean(a - b)
 
 
 def _json(number: Interval | None) -> Json | None:

@@ -10,20 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
+from headstart.errors import InputError
 from headstart.metrics.resample import Interval
 from headstart.pictures.inline import data_uri, render
-from headstart.study.courses import matches
-from headstart.study.digits import (
-    NONE,
-    Cell,
-    branch,
-    cells,
-    entries,
-    interval,
-    look_up,
-    plain,
-)
+from headstart.pictures.png import read_rgb
+from headstart.study.digits import NONE, Cell, branch, cells, entries, interval, look_up, plain
 from headstart.study.figures import Figure
+from headstart.study.lines import matches
 from headstart.study.paper import PAPER, PLANS, comparable, quoted, recovered
 from headstart.study.table import (
     BEST,
@@ -38,7 +33,7 @@ from headstart.study.table import (
     intervals_of,
     main_cases,
     of_row,
-    part_of,
+    part_rows,
     rows_of,
     spaces_of,
     subject_of,
@@ -77,15 +72,15 @@ def write_page(
         "best": BEST if best else "",
         "main": blocks(report, main_cases(report), counts=False),
         "files": linked,
-        "figures": [one._replace(svg=one.svg.decode()) for one in figures],
-        "costs": cost_groups(report) if part_of(report, "methods") else [],
+        "figures": [figure._replace(svg=figure.svg.decode()) for figure in figures],
+        "costs": cost_groups(report) if part_rows(report, "methods") else [],
         "source": PAPER["source"] + ".",
         "beside": beside(report),
         "in_words": [
             ("Figure 5", PAPER["figure 5"], matches(report)),
             ("Figure 7", PAPER["figure 7"], grids and f"{MOST_DIVERSE}: {grids}."),
         ],
-        "more": [_whole(name) for name in ("table 1", "table 2", "table D.1")],
+        "more": [_paper_block(name) for name in ("table 1", "table 2", "table D.1")],
         "controls": controls(report),
         "comparable": comparable(report),
         "sheets": sheets,
@@ -110,7 +105,7 @@ def write_page(
 
 
 def summary(report: Report) -> list[str]:
-    """The report in one sentence or two."""
+    """The report in one or two sentences."""
     rows, spaces = rows_of(report), spaces_of(report)
     if not spaces:
         return []
@@ -118,15 +113,15 @@ def summary(report: Report) -> list[str]:
     if (hybrid := measure(rows.get("hybrid") or {})) is None:
         return []
     text = f"The hybrid brings back {_percent(hybrid)} of the diversity that distillation lost"
-    own, base = (interval(look_up(rows, name, "passes")) for name in ("hybrid", "base"))
-    if own and base:
-        text += f", at {own.value:g} network passes an image (base: {base.value:g})"
-    methods, usual = part_of(report, "methods"), branch(rows, "distilled")
+    passes, base = (interval(look_up(rows, name, "passes")) for name in ("hybrid", "base"))
+    if passes and base:
+        text += f", at {passes.value:g} network passes an image (base: {base.value:g})"
+    methods, distilled = part_rows(report, "methods"), branch(rows, "distilled")
     rivals = [
         (value.value, case, value)
         for case in best_cases(report).values()
         if case in methods
-        and all(rows[case].get(name) == usual.get(name) for name in ("passes", "networks"))
+        and all(rows[case].get(name) == distilled.get(name) for name in ("passes", "networks"))
         if (value := measure(rows[case])) is not None
     ]
     sentences = [f"{text}; by {plain(spaces[0], 60)}."]
@@ -140,19 +135,19 @@ def summary(report: Report) -> list[str]:
 
 
 def _percent(number: Interval) -> str:
-    (own,) = cells([number])
-    return f"{own.value} %" + (f" [{own.ends}]" if own.ends else "")
+    value, ends = cells([number])[0]
+    return f"{value} %" + (f" [{ends}]" if ends else "")
 
 
 def beside(report: Report) -> Block:
     """Plans: the paper's columns, then ours that come nearest to them."""
     spaces, rows = spaces_of(report), rows_of(report)
-    near, right = _named(spaces, "dreamsim"), _named(spaces, "inception")
+    near, right = _space_named(spaces, "dreamsim"), _space_named(spaces, "inception")
     shares = [recovered(plan) for plan in PLANS]
-    back = _printed([None if own is None else float(round(100.0 * own)) for own in shares])
-    theirs = {head: _printed([quoted(plan)[head] for plan in PLANS]) for head in quoted(PLANS[0])}
+    percents = [None if share is None else float(round(100.0 * share)) for share in shares]
+    theirs = {head: _cells([quoted(plan)[head] for plan in PLANS]) for head in quoted(PLANS[0])}
     first = next(iter(theirs))
-    theirs = {first: theirs[first], "recovered, %": back, **theirs}
+    theirs = {first: theirs[first], "recovered, %": _cells(percents), **theirs}
     measures: dict[str, Measure] = {
         "diversity": in_space(near, "diversity"),
         "recovered, %": in_space(near, "recovered"),
@@ -161,12 +156,12 @@ def beside(report: Report) -> Block:
         "s/image": of_row("seconds"),
     }
     plans = [rows.get(plan) or {} for plan in PLANS]
-    numbers = {head: [own(row) for row in plans] for head, own in measures.items()}
-    ours = {head: cells(own) for head, own in numbers.items() if any(own)}
+    numbers = {head: [measure(row) for row in plans] for head, measure in measures.items()}
+    ours = {head: cells(column) for head, column in numbers.items() if any(column)}
     groups = (("the paper, SDXL and DMD2 (recovered: our division)", len(theirs)),)
     if ours:
-        by = plain(f"ours: by {near}" + f", Frechet by {right}" * (right != near), 120)
-        groups = (*groups, (by, len(ours)))
+        heading = plain(f"ours: by {near}" + f", Frechet by {right}" * (right != near), 120)
+        groups = (*groups, (heading, len(ours)))
     columns = [*theirs.values(), *ours.values()]
     return _block("plans", "plan", [*theirs, *ours], PLANS, columns)._replace(groups=groups)
 
@@ -183,70 +178,68 @@ def _block(
     return Block(title, tuple(heads), lines, first)
 
 
-def _named(spaces: Sequence[str], word: str) -> str:
+def _space_named(spaces: Sequence[str], word: str) -> str:
     """The space with that word in its name, else the main one."""
     return next((space for space in spaces if word in space.lower()), spaces[0] if spaces else "")
 
 
-def _printed(values: Sequence[float | None]) -> list[Cell]:
+def _cells(values: Sequence[float | None]) -> list[Cell]:
     """A column of the paper's numbers, all with as many digits as the longest of them."""
-    known = [f"{value:.10g}" for value in values if value is not None]
-    digits = max((len(text.partition(".")[2]) for text in known), default=0)
+    texts = [f"{value:.10g}" for value in values if value is not None]
+    digits = max((len(text.partition(".")[2]) for text in texts), default=0)
     return [Cell(NONE if value is None else f"{value:.{digits}f}") for value in values]
 
 
-def _whole(name: str) -> Block:
+def _paper_block(name: str) -> Block:
     """A table as the paper prints it."""
-    own = PAPER[name]
-    rows = {row: values for row, values in own.items() if row not in ("what", "columns")}
-    columns = [_printed(column) for column in zip(*rows.values(), strict=True)]
-    return _block(f"its {name}: {own['what']}", "", own["columns"], [*rows], columns)
+    table = PAPER[name]
+    rows = {row: values for row, values in table.items() if row not in ("what", "columns")}
+    columns = [_cells(column) for column in zip(*rows.values(), strict=True)]
+    return _block(f"its {name}: {table['what']}", "", table["columns"], [*rows], columns)
 
 
 def controls(report: Report) -> Block | None:
     """Our adapters at the strength nearest to 1, beside its table 1."""
     adapters: Sequence[Mapping[str, Any]] = entries(report, "control", "adapters")
-    plans = list(dict.fromkeys(plan for own in adapters for plan in branch(own, "plans")))
+    plans = list(dict.fromkeys(plan for adapter in adapters for plan in branch(adapter, "plans")))
     lines: list[Line] = []
-    for own in adapters:
+    for adapter in adapters:
         changes: list[Interval | None] = []
         for plan in plans:
             rows = [
                 (abs(at.value - 1.0), change)
-                for one in entries(own, "plans", plan)
-                if (at := interval(look_up(one, "strength"))) is not None and at.value > 0
-                if (change := interval(look_up(one, "change"))) is not None
+                for entry in entries(adapter, "plans", plan)
+                if (at := interval(look_up(entry, "strength"))) is not None and at.value > 0
+                if (change := interval(look_up(entry, "change"))) is not None
             ]
             changes.append(min(rows)[1] if rows else None)
         if any(changes):
-            lines.append(Line(plain(look_up(own, "name") or "", 60), tuple(cells(changes))))
+            lines.append(Line(plain(look_up(adapter, "name") or "", 60), tuple(cells(changes))))
     title = "ours: change of the score in % at the strength nearest to 1"
     heads = tuple(plain(plan, 40) for plan in plans)
     return Block(title, heads, tuple(lines), "adapter") if lines else None
 
 
 def sheets_of(report: Report, pictures: PictureFiles) -> tuple[list[Sheet], int]:
-    """Pictures of the cases, those of the main table first, as far as there is room; the rest."""
+    """Pictures of the cases, those of the main table first, within MOST_PICTURES; how many cases
+    are left out."""
     order = [*main_cases(report), *rows_of(report), *pictures]
     cases = [case for case in dict.fromkeys(order) if pictures.get(case)]
     sheets: list[Sheet] = []
     room = MOST_PICTURES
     for case in cases:
-        shown = tuple((plain(path.stem, 40), _uri(path)) for path in pictures[case][:ACROSS])
-        room -= sum(len(uri or "") for _, uri in shown)
+        uris = tuple((plain(path.stem, 40), _uri(path)) for path in pictures[case][:ACROSS])
+        room -= sum(len(uri or "") for _, uri in uris)
         if room < 0:
             break
-        sheets.append(Sheet(plain(case, 60), shown))
+        sheets.append(Sheet(plain(case, 60), uris))
     return sheets, len(cases) - len(sheets)
 
 
 def _uri(path: Path) -> str | None:
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
-            return data_uri(image.convert("RGB"), PICTURE_PX)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return data_uri(Image.fromarray(read_rgb(path)), PICTURE_PX)
+    except InputError:
         return None
 
 
@@ -258,8 +251,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         "pair": pair.get("preset"),
         "lineage": pair.get("lineage"),
     }
-    for role, own in branch(pair, "weights").items():
-        facts[f"weights, {role}"] = f"{look_up(own, 'file')} · SHA-256 {look_up(own, 'sha256')}"
+    for role, entry in branch(pair, "weights").items():
+        facts[f"weights, {role}"] = f"{look_up(entry, 'file')} · SHA-256 {look_up(entry, 'sha256')}"
     if seeds:
         facts["seeds"] = f"{seeds.get('first')} to {seeds.get('last')} ({seeds.get('count')})"
     for name in ("size", "dtype", "adapters", "reference", "versions", "machine"):
@@ -270,5 +263,5 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 def _text(value: Any) -> str:
     if parts := branch(value):
-        return plain(" · ".join(f"{name}: {_text(own)}" for name, own in parts.items()), 4000)
+        return plain(" · ".join(f"{name}: {_text(item)}" for name, item in parts.items()), 4000)
     return plain(value if isinstance(value, str) else json.dumps(value, default=str), 4000)

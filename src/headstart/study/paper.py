@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from headstart.study.digits import entries, interval, look_up, plain
-from headstart.study.table import Report, part_of, rows_of, spaces_of
+from headstart.study.table import Report, part_rows, rows_of, spaces_of
 
 
 def _read(name: str) -> str:
@@ -32,10 +32,10 @@ def quoted(plan: str) -> dict[str, float | None]:
     """What the paper prints of a plan in tables 2, 3 and E.1, by column."""
 
     def of(name: str, row: str, column: str) -> float | None:
-        whole = PAPER[name]
-        if row not in whole or column not in whole["columns"]:
+        table = PAPER[name]
+        if row not in table or column not in table["columns"]:
             return None
-        return whole[row][whole["columns"].index(column)]
+        return table[row][table["columns"].index(column)]
 
     return {
         "DreamSim, table 2": of("table 2", "average", plan),
@@ -56,36 +56,37 @@ def recovered(plan: str) -> float | None:
 
 
 def comparable(report: Report) -> list[str]:
-    """Sentences on what may be compared with what: as many as this report gives reason for."""
+    """Those sentences of comparable.toml, on what may be compared with what, that apply to it."""
     rows, spaces = rows_of(report), spaces_of(report)
     preset = str(look_up(report, "pair", "preset") or "")
-    same = look_up(report, "pair", "lineage") == "sdxl" and preset in ("dmd2", "paper-dmd2")
+    lineage = look_up(report, "pair", "lineage")
+    same_networks = lineage == "sdxl" and preset in ("dmd2", "paper-dmd2")
     dreamsim = next((plain(space, 60) for space in spaces if "dreamsim" in space.lower()), None)
     prompts = len(entries(report, "prompts"))
     inception = {space for space in spaces if "inception" in space.lower()}
-    measured = {
+    with_frechet = {
         space
         for space in spaces
         if any(look_up(row, "spaces", space, "frechet") is not None for row in rows.values())
     }
     counts = (interval(row.get("images")) for row in rows.values())
     most = max((count.value for count in counts if count is not None), default=0.0)
-    fid = bool(measured & inception) and most >= FID_IMAGES
+    fid = bool(with_frechet & inception) and most >= FID_IMAGES
     reasons: dict[str, object] = {
         **dict.fromkeys(("one_table", "number_of_images", "seconds"), True),
-        "same_networks": same,
-        "other_networks": not same,
-        "table_1_alone": not same and {"turbo", "lightning", "lcm"} & {*preset.split("-")},
+        "same_networks": same_networks,
+        "other_networks": not same_networks,
+        "table_1_alone": not same_networks and {"turbo", "lightning", "lcm"} & {*preset.split("-")},
         "two_scales": len(spaces) > 1,
         "dreamsim": dreamsim,
         "no_dreamsim": spaces and not dreamsim,
         "score": any(row.get("score") for row in rows.values()),
-        "few_for_fid": measured and not fid and inception,
-        "no_inception": measured and not fid and not inception,
+        "few_for_fid": with_frechet and not fid and inception,
+        "no_inception": with_frechet and not fid and not inception,
         "fid": fid,
-        "no_reference": not measured,
+        "no_reference": not with_frechet,
         "nearest": any(row.get("nearest") for row in rows.values()),
-        "methods": part_of(report, "methods"),
+        "methods": part_rows(report, "methods"),
         "one_prompt": prompts == 1,
         "over_prompts": prompts != 1,
         "few_prompts": prompts != 1 and prompts < FEW_PROMPTS,
@@ -96,14 +97,14 @@ def comparable(report: Report) -> list[str]:
     sentences: list[str] = []
     for name, text in tomllib.loads(_read("comparable.toml")).items():
         if name == "weak":  # of a share of next to nothing
-            unsure = [plain(space, 60) for space in spaces if _is_unsure(report, space)]
-            sentences += [text.format(space=space) for space in unsure]
+            unsure = [space for space in spaces if _is_unsure(report, space)]
+            sentences += [text.format(space=plain(space, 60)) for space in unsure]
         elif reasons[name]:
             sentences.append(text.format(**words))
     return sentences
 
 
 def _is_unsure(report: Report, space: str) -> bool:
-    """Recovered is a division by what distillation lost: nothing sure, if that is little."""
-    back = interval(look_up(report, "rows", "hybrid", "spaces", space, "recovered"))
-    return back is not None and back.high - back.low > WIDE
+    """Recovered is a division by what distillation lost: unreliable where that is little."""
+    share = interval(look_up(report, "rows", "hybrid", "spaces", space, "recovered"))
+    return share is not None and share.high - share.low > WIDE

@@ -1,6 +1,6 @@
-"""The main table as a PDF: A4 across, as many pages as it needs, letters and not pictures.
+"""The main table as a PDF of text: A4 landscape, as many pages as it needs.
 
-It is the terminal's table, in letters of one width: they are as large as the widest line allows.
+It is the terminal's table, in a monospaced font as large as the widest line allows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDE, TALL, EDGE = 842.0, 595.0, 40.0
 """Points."""
 LARGEST, TITLE, SMALL = 8.0, 12.0, 7.0
 ADVANCE, LEADING = 0.602, 1.6
-"""Of a letter of DejaVu Sans Mono, and of its lines, in its size."""
+"""Width of a letter of DejaVu Sans Mono, and distance of its lines, over the font size."""
 NOTES = 170
 """Letters in a line of the notes."""
 
@@ -60,14 +60,14 @@ def table_pdf(report: Mapping[str, Any]) -> bytes:
 
 def _lines(report: Mapping[str, Any], title: str) -> Iterator[_Line]:
     tables = [
-        (_shown(own.title), [_shown(line) for line in aligned(own)])
-        for own in blocks(report, main_cases(report), counts=False)
+        (_in_font(block.title), [_in_font(line) for line in aligned(block)])
+        for block in blocks(report, main_cases(report), counts=False)
     ]
     longest = max((len(line) for _, lines in tables for line in lines), default=1)
     size = min(LARGEST, (WIDE - 2 * EDGE) / (ADVANCE * longest))
     step = LEADING * size
-    yield _Line(_shown(title), TITLE, 0.0, bold=True)
-    for text in textwrap.wrap(_shown(subject_of(report)), NOTES):
+    yield _Line(_in_font(title), TITLE, 0.0, bold=True)
+    for text in textwrap.wrap(_in_font(subject_of(report)), NOTES):
         yield _Line(text, SMALL, 1.3 * TITLE, GREY)
     for name, (first, *rest) in tables:
         yield _Line(name, size, 2.0 * step, bold=True, head=True)
@@ -80,7 +80,7 @@ def _lines(report: Mapping[str, Any], title: str) -> Iterator[_Line]:
 
 
 def _pages(lines: list[_Line]) -> Iterator[list[tuple[float, _Line]]]:
-    """(height, line); a table that goes on on the next page has its head there again."""
+    """(height, line) by page; a table that continues on another page repeats its head there."""
     page: list[tuple[float, _Line]] = []
     y, heads = TALL - EDGE, list[_Line]()
     for line in lines:
@@ -97,8 +97,8 @@ def _pages(lines: list[_Line]) -> Iterator[list[tuple[float, _Line]]]:
     yield page
 
 
-def _shown(text: str) -> str:
-    """The text with the number of each letter that the font lacks in its place."""
+def _in_font(text: str) -> str:
+    """The text, with its code instead of each character that the font lacks."""
     fonts: Any = import_module("matplotlib.font_manager")
-    known: Any = fonts.get_font(fonts.findfont("DejaVu Sans Mono")).get_charmap()
-    return "".join(c if ord(c) in known else f"[U+{ord(c):04X}]" for c in text)
+    glyphs: Any = fonts.get_font(fonts.findfont("DejaVu Sans Mono")).get_charmap()
+    return "".join(c if ord(c) in glyphs else f"[U+{ord(c):04X}]" for c in text)

@@ -35,33 +35,34 @@ def write_report(
     rows: Iterable[Mapping[str, Any]],
     pictures: Mapping[str, Sequence[Path]] | None = None,
 ) -> list[Path]:
-    """Draw and write everything; the page comes last. What was written, the page first.
+    """Draw and write everything, the page last; returns the files' paths, the page first.
 
     rows      one for each case, prompt and feature space
     pictures  PNG files of a case, the first prompts and seeds
 
     Raises InputError on a full or failing disk.
     """
-    known = finite(report)
-    whole = {**known, "paper": PAPER}
-    whole["notes"] = [*entries(known, "notes"), *comparable(known)]
-    drawn = draw_figures(known)
-    page = write_page(known, drawn, pictures or {}, (NUMBERS, PDF, BY_PROMPT))
-    if drawn:
-        write_folder(folder / FIGURES, {f"{figure.name}.svg": figure.svg for figure in drawn})
-    written = {
-        NUMBERS: _bytes(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
-        PDF: table_pdf(known),
+    report = finite(report)
+    notes = [*entries(report, "notes"), *comparable(report)]
+    numbers = {**report, "paper": PAPER, "notes": notes}
+    figures = draw_figures(report)
+    page = write_page(report, figures, pictures or {}, (NUMBERS, PDF, BY_PROMPT))
+    svgs = {f"{figure.name}.svg": figure.svg for figure in figures}
+    if svgs:
+        write_folder(folder / FIGURES, svgs)
+    contents = {
+        NUMBERS: _bytes(json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
+        PDF: table_pdf(report),
         BY_PROMPT: prompts_csv(rows),
         PAGE: _bytes(page),
     }
-    write_folder(folder, written)
-    figures = [folder / FIGURES / f"{figure.name}.svg" for figure in drawn]
-    return [folder / PAGE, *(folder / name for name in written if name != PAGE), *figures]
+    write_folder(folder, contents)
+    names = [PAGE, NUMBERS, PDF, BY_PROMPT, *(f"{FIGURES}/{name}" for name in svgs)]
+    return [folder / name for name in names]
 
 
 def prompts_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """RFC 4180 in UTF-8: CRLF after each line, quotes where they are needed; empty: not known."""
+    """RFC 4180 in UTF-8: CRLF after each line, quotes where they are needed; empty: no value."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
     writer.writeheader()
@@ -70,7 +71,7 @@ def prompts_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def finite(tree: Any) -> Any:
-    """The same with None for every NaN and infinity, which JSON cannot spell."""
+    """The same with None for every NaN and infinity, which JSON does not have."""
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
     if isinstance(tree, Mapping):

@@ -11,8 +11,8 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
-from headstart.study.canvas import GREY, Canvas, Mark, canvas, dot, marks
-from headstart.study.digits import interval, plain, written
+from headstart.study.canvas import GREY, Canvas, Mark, dot, marks, new_canvas
+from headstart.study.digits import interval, interval_text, plain
 from headstart.study.labels import Spot, name_spots
 from headstart.study.table import (
     Measure,
@@ -21,7 +21,7 @@ from headstart.study.table import (
     best_cases,
     grid_of,
     in_space,
-    part_of,
+    part_rows,
     rows_of,
     score_less_base,
     spaces_of,
@@ -46,10 +46,10 @@ class _Dot(NamedTuple):
 def draw_methods(report: Report) -> tuple[Canvas, str] | None:
     """A canvas and its caption; None without methods, or without two numbers to compare."""
     spaces, rows = spaces_of(report), rows_of(report)
-    if not spaces or not part_of(report, "methods"):
+    if not spaces or not part_rows(report, "methods"):
         return None
     best = best_cases(report).values()
-    cases = part_of(report, "plans", "methods") | {case: rows[case] for case in best}
+    cases = part_rows(report, "plans", "methods") | {case: rows[case] for case in best}
     rights: dict[str, Measure] = {
         "score less the base's (better is up)": score_less_base(report),
         "Frechet distance (better is up)": in_space(spaces[0], "frechet"),
@@ -57,29 +57,28 @@ def draw_methods(report: Report) -> tuple[Canvas, str] | None:
     panels = {label: dots for label, of in rights.items() if (dots := _dots(report, cases, of))}
     if not panels:
         return None
-    chosen = {*part_of(report, "plans"), *best}
-    on = canvas(1, len(panels), 1.0 + 4.9 * len(panels), 5.4)
+    main_cases = {*part_rows(report, "plans"), *best}
+    canvas = new_canvas(1, len(panels), 1.0 + 4.9 * len(panels), 5.4)
     beyond: set[str] = set()
     spots: list[list[Spot]] = []
-    for axis, (label, dots) in zip(on.axes[0], panels.items(), strict=True):
-        named = chosen if len(dots) > MOST_NAMES else {own.case for own in dots}
-        _draw(on, axis, dots, named)
-        inside = _frame(axis, dots, chosen)
-        beyond |= {own.case for own in dots if own not in inside}
-        names = [own.label * (own.case in named) for own in inside]
+    for axis, (label, dots) in zip(canvas.axes[0], panels.items(), strict=True):
+        names = main_cases if len(dots) > MOST_NAMES else {d.case for d in dots}
+        _draw(canvas, axis, dots, names)
+        inside = _frame(axis, dots, main_cases)
+        beyond |= {d.case for d in dots if d not in inside}
         spots.append(
-            [Spot(own.x, own.y, own.mark.colour, name, not own.family)
-             for own, name in zip(inside, names, strict=True)]
+            [Spot(d.x, d.y, d.mark.colour, d.label * (d.case in names), not d.family)
+             for d in inside]
         )  # fmt: skip
         axis.set_xlabel(f"recovered diversity by {plain(spaces[0], 40)} (%)")
         axis.set_ylabel(label)
         if label.startswith("Frechet"):
             axis.invert_yaxis()
-    _legend(on)
-    on.figure.draw_without_rendering()  # the layout is now what it will be
-    for axis, own in zip(on.axes[0], spots, strict=True):
-        name_spots(on.figure, axis, own)
-    return on, (
+    _legend(canvas)
+    canvas.figure.draw_without_rendering()  # from here on the layout is final
+    for axis, panel_spots in zip(canvas.axes[0], spots, strict=True):
+        name_spots(canvas.figure, axis, panel_spots)
+    return canvas, (
         "Right and up is better. 0 % is the distilled model, 100 % the base. Full marks cost as "
         "many network passes as the distilled model; a hollow mark's passes are behind its name. "
         "A line joins the strengths of one method. 95 % intervals."
@@ -88,60 +87,59 @@ def draw_methods(report: Report) -> tuple[Canvas, str] | None:
 
 
 def _dots(report: Report, cases: Mapping[str, Row], right: Measure) -> list[_Dot]:
-    back = in_space(spaces_of(report)[0], "recovered")
+    recovered = in_space(spaces_of(report)[0], "recovered")
     usual = interval(rows_of(report).get("distilled", {}).get("passes"))
     families = {case: grid_of(case, row) for case, row in cases.items()}
-    own = marks(list(dict.fromkeys(family or case for case, family in families.items())))
+    family_marks = marks(list(dict.fromkeys(family or case for case, family in families.items())))
     dots: list[_Dot] = []
     for case, row in cases.items():
-        x, y = back(row) or interval(ENDS.get(case)), right(row)
+        x, y = recovered(row) or interval(ENDS.get(case)), right(row)
         if x is None or y is None:
             continue
         passes = interval(row.get("passes"))
         full = usual is None or passes is None or abs(passes.value - usual.value) < 0.01
         label = plain(case, 28) + ("" if full or passes is None else f" ({passes.value:.3g})")
         shape = "s" if row.get("networks") == 2 else "o"
-        mark = own[families[case] or case]._replace(marker=shape)
+        mark = family_marks[families[case] or case]._replace(marker=shape)
         dots.append(_Dot(case, families[case], x, y, mark, full, label))
-    return dots if any(own.family for own in dots) else []
+    return dots if any(d.family for d in dots) else []
 
 
-def _draw(on: Canvas, axis: Any, dots: Sequence[_Dot], named: Container[str]) -> None:
-    """Those that are named with their intervals and lines, the others small and faint."""
-    main = [own for own in dots if own.case in named]
-    for family in dict.fromkeys(own.family for own in main if own.family):
-        line = [own for own in main if own.family == family]
-        xs, ys = [own.x.value for own in line], [own.y.value for own in line]
+def _draw(canvas: Canvas, axis: Any, dots: Sequence[_Dot], names: Container[str]) -> None:
+    """The dots with a name, with their intervals and lines; the others small and faint."""
+    main = [d for d in dots if d.case in names]
+    for family in dict.fromkeys(d.family for d in main if d.family):
+        line = [d for d in main if d.family == family]
+        xs, ys = [d.x.value for d in line], [d.y.value for d in line]
         axis.plot(xs, ys, color=line[0].mark.colour, linewidth=0.9, alpha=0.5, zorder=1.8)
-    for own in dots:
-        numbers = f"{own.label}: recovered {written(own.x)} %, {written(own.y)}"
-        if own.case in named:
-            fill = own.mark.colour if own.full else "white"
-            look: dict[str, Any] = {"markerfacecolor": fill, "markersize": 6.0}
-            dot(on, axis, own.x, own.y, own.mark, numbers, **look)
+    for d in dots:
+        numbers = f"{d.label}: recovered {interval_text(d.x)} %, {interval_text(d.y)}"
+        if d.case in names:
+            fill = d.mark.colour if d.full else "white"
+            dot(canvas, axis, d.x, d.y, d.mark, numbers, markerfacecolor=fill, markersize=6.0)
         else:
-            x, y = Interval(own.x.value), Interval(own.y.value)
-            dot(on, axis, x, y, own.mark, numbers, markersize=3.0, alpha=0.4)
+            x, y = Interval(d.x.value), Interval(d.y.value)
+            dot(canvas, axis, x, y, d.mark, numbers, markersize=3.0, alpha=0.4)
 
 
-def _frame(axis: Any, dots: Sequence[_Dot], chosen: Container[str]) -> list[_Dot]:
-    """Fit the axes to the plans and the best of each grid -> the dots that lie inside.
+def _frame(axis: Any, dots: Sequence[_Dot], names: Container[str]) -> list[_Dot]:
+    """Fit the axes to the dots of these names -> the dots that lie inside.
 
-    One method at a strength that draws noise would else press all others into a corner.
+    Otherwise one method at a strength that samples noise would press all others into a corner.
     """
-    inside = [own for own in dots if own.case in chosen] or dots
+    inside = [d for d in dots if d.case in names] or dots
     for fit, numbers in (
-        (axis.set_xlim, [own.x for own in inside]),
-        (axis.set_ylim, [own.y for own in inside]),
+        (axis.set_xlim, [d.x for d in inside]),
+        (axis.set_ylim, [d.y for d in inside]),
     ):
-        low, high = min(own.span[0] for own in numbers), max(own.span[1] for own in numbers)
+        low, high = min(n.span[0] for n in numbers), max(n.span[1] for n in numbers)
         room = 0.12 * (high - low) or 0.5
         fit(low - room, high + room)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    return [own for own in dots if left < own.x.value < right and low < own.y.value < high]
+    return [d for d in dots if left < d.x.value < right and low < d.y.value < high]
 
 
-def _legend(on: Canvas) -> None:
+def _legend(canvas: Canvas) -> None:
     from matplotlib.lines import Line2D
 
     shapes = (
@@ -153,4 +151,4 @@ def _legend(on: Canvas) -> None:
         Line2D([], [], marker=shape, markerfacecolor=fill, color=GREY, linestyle="none", label=text)
         for shape, fill, text in shapes
     ]
-    on.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    canvas.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

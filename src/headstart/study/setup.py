@@ -1,4 +1,4 @@
-"""An engine and a request as a study: which cases, judged how, of which weights."""
+"""A study from an engine and a request: its cases, its judge, its weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from headstart.study.lab import Lab, small
 from headstart.study.store import FORMAT
 from headstart.study.study import Study
 from headstart.sweep.gallery import load_rgb, read_pictures
-from headstart.sweep.seen import read_reference
+from headstart.sweep.gallery_features import read_reference
 
 BUNDLED = "bundled"
-NEEDED = ("base", "distilled")
-"""What all others are measured against."""
+REQUIRED = ("base", "distilled")
+"""The models, and the plans, that all others are measured against."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Request:
     parts      of cases.PARTS and the experiments; None: all that these weights allow
     features   names of spaces, the main one first; None: those valid for the pictures
     reference  a folder of pictures, or "bundled"
-    controls   adapters, and what each is to do
+    controls   adapters, and the edit that each should make
     loading    how the files were read where they do not say it: heads, a tokenizer's digest
     """
 
@@ -55,21 +55,21 @@ class Request:
 
 
 def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
-    """The study, and what the user should know of it.
+    """The study, and notes for the user.
 
-    Raises InputError or PlanError for anything that a case would refuse, before any is drawn.
+    Raises InputError or PlanError for anything that a case would refuse, before any is sampled.
     """
-    if missing := sorted(set(NEEDED) - set(engine.denoisers)):
+    if missing := sorted(set(REQUIRED) - set(engine.denoisers)):
         raise InputError(f"a study compares two models, and {missing[0]!r} is not loaded: give it")
     side = check_size(request.size, engine.weights.image_size, engine.weights.downscale)
-    drawn = PictureSource("these weights", engine.weights.lineage, frozenset({side}))
-    judge, notes = choose_judge([drawn], request.features)
+    source = PictureSource("these weights", engine.weights.lineage, frozenset({side}))
+    judge, notes = choose_judge([source], request.features)
     reference, pictures, spaces = request.reference, None, judge.spaces
     if reference == BUNDLED:  # moments alone, without pictures, and of one space
         spaces = spaces[:1]
     elif reference is not None:
         rgb = load_rgb(read_pictures(Path(reference)))
-        pictures = np.concatenate([small(own) for own in rgb])
+        pictures = np.concatenate([*map(small, rgb)])
     lab = Lab(
         engine=engine,
         judge=judge,
@@ -81,19 +81,19 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
         reference=pictures,
         weights=digests_of(engine),
     )
-    cases, left_out = _checked(lab, _cases(engine, request), request.grids)
-    experiments, more = experiments_of(lab, cases, request.parts, request.controls)
+    cases, omissions = _possible(lab, _cases(engine, request), request.grids)
+    experiments, skips = experiments_of(lab, cases, request.parts, request.controls)
     references = {
         space.name: read_reference(reference, Judge((space,)))
         for space in spaces
         if reference is not None and not space.wide  # a wide space has no Gaussian
     }
     study = Study(lab, cases, request.prompts, experiments, references)
-    return study, (*notes, *left_out, *more)
+    return study, (*notes, *omissions, *skips)
 
 
 def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any]:
-    """What is written of a study before it begins; see `store.FIXED`."""
+    """What study.json says, which is written before a study begins; see `store.FIXED`."""
     weights, seeds = engine.weights, request.seeds
     attached = engine.adapters.now()
     strengths = attached.run_strengths(None)
@@ -107,7 +107,7 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
             "weights": record.weigh(weights.files),
         },
         "weights": digests_of(engine),
-        "adapters": {name: dict(own) for name, own in attached.describe(strengths).items()},
+        "adapters": {name: dict(entry) for name, entry in attached.describe(strengths).items()},
         "prompts": list(request.prompts),
         "seeds": {"first": seeds[0], "last": seeds[-1], "count": len(seeds)},
         "numbers": [str(seed) for seed in seeds],
@@ -120,47 +120,49 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
 
 
 def reference_of(study: Study, request: Request) -> dict[str, Any] | None:
-    """What pictures were compared with, and how many it is; None for moments alone."""
+    """The name of the reference, and its number of pictures, None for moments alone."""
     if request.reference is None:
         return None
     pictures = study.lab.reference
-    name = next((own.name for own in study.references.values()), request.reference)
+    name = next((reference.name for reference in study.references.values()), request.reference)
     return {"name": name, "images": None if pictures is None else len(pictures)}
 
 
 def digests_of(engine: Engine) -> dict[str, str]:
     """Role -> SHA-256 of the files that decide the pictures, adapters too."""
     files = record.weigh({**engine.weights.files, **engine.adapters.now().files()})
-    return {role: str(own["sha256"]) for role, own in files.items()}
+    return {role: str(file["sha256"]) for role, file in files.items()}
 
 
 def _cases(engine: Engine, request: Request) -> dict[str, Case]:
     pair = named_pair("distilled", request.settings, engine.weights.preset)
     steps = len(engine.compile("distilled", **request.settings))
     parts: list[Part] = [p for p in PARTS if request.parts is None or p in request.parts]
-    one_network = engine.denoisers["base"] is engine.denoisers["distilled"]
-    methods = (*METHODS, *(DIALS if one_network else ()))
+    is_lora = engine.denoisers["base"] is engine.denoisers["distilled"]
+    methods = (*METHODS, *(DIALS if is_lora else ()))
     schedule = engine.weights.schedules["distilled"]
     return cases_of(pair, steps, schedule, request.grids, parts, methods)
 
 
-def _checked(
+def _possible(
     lab: Lab, cases: Mapping[str, Case], grids: Grids
 ) -> tuple[dict[str, Case], tuple[str, ...]]:
-    """The cases that can be drawn, and why others cannot.
+    """The cases that can be sampled, and why others cannot.
 
-    Of the usual values some make no plan on some pairs, such as the second of one step; a value
-    that the user gives must.
+    Some of the usual values make no plan on some pairs, such as k = 2 of one step. A value that the
+    user gives must make one.
     """
-    good: dict[str, Case] = {}
-    why: dict[str, list[str]] = {}
+    possible: dict[str, Case] = {}
+    omissions: dict[str, list[str]] = {}
     for name, case in cases.items():
         try:
             lab.check(case)
-            good[name] = case
+            possible[name] = case
         except (InputError, PlanError) as error:
-            if name in NEEDED or (case.part != "plans" and case.part in grids):
+            if name in REQUIRED or (case.part != "plans" and case.part in grids):
                 raise
-            reason = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
-            why.setdefault(reason.partition("): ")[2] or reason, []).append(name)
-    return good, tuple(f"left out: {', '.join(own)}: {reason}" for reason, own in why.items())
+            line = str(error).splitlines()[0]  # "preset('turbo', n=2): reason", of many cases
+            omissions.setdefault(line.partition("): ")[2] or line, []).append(name)
+    return possible, tuple(
+        f"left out: {', '.join(names)}: {reason}" for reason, names in omissions.items()
+    )

@@ -1,9 +1,9 @@
-"""Every step's picture of many seeds, seen a few at a time: what is kept is what was seen.
+"""Every step's picture of many seeds, decoded a few at a time; only numbers of them are kept.
 
 x0 of a run [S, B, C, h, w] -> parts of seeds of at most `PART` pixels a row -> rgb uint8 -> numbers
 
 100 seeds of 30 steps at 1024 px are 9 GB of pictures. No more than `PART` pixels are decoded at
-once; latents are kept of at most `GROUP` pixels a row: 16 seeds, 126 MB.
+once, and latents of at most `GROUP` pixels a row are in memory: 16 seeds, 126 MB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from headstart.spaces.extractor import Array, Judge, Rgb
 from headstart.study.store import Arrays
 from headstart.traces.decoders import Decoder
 
-See = Callable[[Rgb], Array]
+TextScorer = Callable[[Rgb], Array]
+"""Pictures -> cosines [n, P] with P phrases."""
 PART, GROUP = 2**20, 2**24
 """Pixels: one picture of 1024 x 1024 px decoded at once, sixteen of them sampled together."""
 MOST = 16
@@ -55,24 +56,24 @@ class Setting(NamedTuple):
         """Network passes of one run of every plan and seed."""
         return float(sum(table.passes() for table in self.plans.values()) * len(self.seeds))
 
-    def grouped(self) -> Iterator[Sequence[int]]:
+    def seed_groups(self) -> Iterator[Sequence[int]]:
         """The seeds, as many at once as have `GROUP` pixels together."""
-        count = self._fitting(GROUP)
+        count = self._capacity(GROUP)
         return (self.seeds[i : i + count] for i in range(0, max(1, len(self.seeds)), count))
 
     def sides(self) -> tuple[int, int]:
         weights = self.engine.weights
         return check_size(self.size, weights.image_size, max(8, weights.downscale))
 
-    def _fitting(self, pixels: int) -> int:
-        """How many pictures have no more than `pixels` together, at least 1."""
+    def _capacity(self, pixels: int) -> int:
+        """The number of pictures that have no more than `pixels` together, at least 1."""
         height, width = self.sides()
         return max(1, pixels // (height * width))
 
-    def each_part(self, prompt: str, table: StepTable) -> Iterator[Tensor]:
-        """What every row predicted of the next few seeds: x0 [S, n, C, h, w], n*H*W <= `PART`."""
-        part = min(MOST, self._fitting(PART))
-        for group in self.grouped():
+    def x0_parts(self, prompt: str, table: StepTable) -> Iterator[Tensor]:
+        """The x0 of every row, a few seeds at a time: [S, n, C, h, w], n*H*W <= `PART`."""
+        part = min(MOST, self._capacity(PART))
+        for group in self.seed_groups():
             states = self.engine.iterate(prompt, plan=table, seeds=group, size=self.size)
             rows = [state.x0 for state in states]
             for begin in range(0, len(group), part):
@@ -80,7 +81,7 @@ class Setting(NamedTuple):
 
 
 def blank(setting: Setting, decoder: Decoder) -> Rgb:
-    """[1, H, W, 3], the picture of latents that are 0: of nothing. Raises InputError for NaN."""
+    """[1, H, W, 3], the picture of latents that are 0. Raises InputError for NaN."""
     weights = setting.engine.weights
     cells = (side // weights.downscale for side in setting.sides())
     latents = torch.zeros((1, weights.latent_channels, *cells), device=setting.engine.device)
@@ -93,18 +94,18 @@ def blank(setting: Setting, decoder: Decoder) -> Rgb:
 
 
 def check_pictures(
-    good: NDArray[np.bool_], prompt: str, table: StepTable, decoder: Decoder
+    finite: NDArray[np.bool_], prompt: str, table: StepTable, decoder: Decoder
 ) -> None:
-    """Raise InputError where a row [S, B] has no picture of any seed."""
-    seen = good.any(1)
-    if not seen.all():
+    """Raise InputError where a row of `finite` [S, B] has no picture of any seed."""
+    rows = finite.any(1)
+    if not rows.all():
         raise InputError(
-            f"{prompt!r}, plan {table.name!r}, step {int(np.argmin(seen))}: the {decoder.name} "
+            f"{prompt!r}, plan {table.name!r}, step {int(np.argmin(rows))}: the {decoder.name} "
             f"decoder gave NaN or infinity for every seed: {REMEDY}"
         )
 
 
-def scored(judge: Judge, phrases: Sequence[str]) -> See:
+def text_scorer(judge: Judge, phrases: Sequence[str]) -> TextScorer:
     """Cosines [n, P] of pictures with phrases. Raises InputError for a judge without text, at once,
     and for a score that is not finite."""
     pairs, table = judge.score, judge.scores
@@ -115,7 +116,7 @@ def scored(judge: Judge, phrases: Sequence[str]) -> See:
             "pair, or a folder with a CLIP model"
         )
 
-    def see(rgb: Rgb) -> Array:
+    def score(rgb: Rgb) -> Array:
         if table is not None:
             scores = table(rgb, phrases)
         else:
@@ -124,7 +125,7 @@ def scored(judge: Judge, phrases: Sequence[str]) -> See:
             raise InputError(f"{judge.scored_by} gave scores that are not finite")
         return scores
 
-    return see
+    return score
 
 
 def passes_so_far(table: StepTable) -> NDArray[np.int64]:

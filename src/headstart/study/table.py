@@ -14,25 +14,16 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
-from headstart.study.digits import (
-    NONE,
-    Cell,
-    branch,
-    cells,
-    entries,
-    interval,
-    look_up,
-    plain,
-)
+from headstart.study.digits import NONE, Cell, branch, cells, entries, interval, look_up, plain
 
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 Measure = Callable[[Row], Interval | None]
 """One number of a row."""
-COUNTED = ("passes", "networks", "images")
-"""Not measured: printed as they are."""
+COUNTS = ("passes", "networks", "images")
+"""Not measured: printed without rounding."""
 CONTROL = "-control"
-"""How the name of a case ends that shows what a grid's model is not: it is never the best."""
+"""The end of the name of a case that is a control, and so never the best of its grid."""
 WORSE = "clearly worse"
 BEST = (
     "Best of a grid: the most diverse case that is not clearly worse than the distilled model by "
@@ -61,18 +52,18 @@ class Block(NamedTuple):
 
 
 def subject_of(report: Report) -> str:
-    """How much was drawn, and what it was measured with."""
-    count, seeds = len(entries(report, "prompts")), look_up(report, "seeds", "count")
+    """Lineage, prompts and seeds, feature spaces and reference, on one line."""
+    prompts, seeds = len(entries(report, "prompts")), look_up(report, "seeds", "count")
     parts = [
-        f"{count} prompt{'s' * (count != 1)}, {NONE if seeds is None else seeds} seeds each",
+        f"{prompts} prompt{'s' * (prompts != 1)}, {NONE if seeds is None else seeds} seeds each",
         f"diversity by {', '.join(spaces_of(report)) or NONE}",
     ]
     if lineage := look_up(report, "pair", "lineage"):
         parts.insert(0, f"lineage {lineage}")
     if reference := branch(report, "reference"):
         images = reference.get("images")
-        counted = f", {images} images" if images else ""
-        parts.append(f"reference: {reference.get('name', NONE)}{counted}")
+        count = f", {images} images" if images else ""
+        parts.append(f"reference: {reference.get('name', NONE)}{count}")
     return plain(" · ".join(parts), 600)
 
 
@@ -85,7 +76,7 @@ def spaces_of(report: Report) -> list[str]:
     return [str(space["name"]) for space in entries(report, "spaces") if look_up(space, "name")]
 
 
-def part_of(report: Report, *parts: str) -> dict[str, Row]:
+def part_rows(report: Report, *parts: str) -> dict[str, Row]:
     return {case: row for case, row in rows_of(report).items() if row.get("part") in parts}
 
 
@@ -115,7 +106,7 @@ def best_cases(report: Report) -> dict[str, str]:
     for case, row in rows_of(report).items():
         if (grid := grid_of(case, row)) and not case.endswith(CONTROL):
             grids.setdefault(grid, []).append(case)
-    return {grid: _best(report, own) for grid, own in grids.items()}
+    return {grid: _best(report, cases) for grid, cases in grids.items()}
 
 
 def _best(report: Report, cases: Sequence[str]) -> str:
@@ -131,17 +122,17 @@ def is_worse(report: Report, case: str, among: Iterable[str]) -> bool:
     distance where none of the cases `among` it has a score."""
     rows = rows_of(report)
     measure, sign = _right(report, among)
-    if sign > 0 and (apart := interval(rows[case].get("score_less_distilled"))) is not None:
-        return apart.span[1] < 0
-    own, distilled = measure(rows[case]), measure(branch(rows, "distilled"))
-    if own is None or distilled is None:
+    if sign > 0 and (difference := interval(rows[case].get("score_less_distilled"))) is not None:
+        return difference.span[1] < 0
+    number, distilled = measure(rows[case]), measure(branch(rows, "distilled"))
+    if number is None or distilled is None:
         return False
-    lower, higher = (own, distilled) if sign > 0 else (distilled, own)
+    lower, higher = (number, distilled) if sign > 0 else (distilled, number)
     return lower.span[1] < higher.span[0]
 
 
 def _right(report: Report, cases: Iterable[str]) -> tuple[Measure, float]:
-    """What says how right these cases are, and whether more is better."""
+    """The measure of how right these cases are, and 1.0 where more is better, else -1.0."""
     rows, spaces = rows_of(report), spaces_of(report)
     score = of_row("score")
     if not spaces or any(score(rows[case]) is not None for case in cases):
@@ -163,12 +154,12 @@ def _value(report: Report, case: str, measure: Measure, sign: float = 1.0) -> fl
 
 def main_cases(report: Report) -> dict[str, str]:
     """Case -> why it is in the main table; "" for a plan."""
-    plans = dict.fromkeys(part_of(report, "plans"), "")
+    plans = dict.fromkeys(part_rows(report, "plans"), "")
     return plans | {case: f"best of {grid}" for grid, case in best_cases(report).items()}
 
 
 def blocks(report: Report, cases: Mapping[str, str], *, counts: bool) -> list[Block]:
-    """The tables of these cases (case -> why): one of the main space, one of each other.
+    """The tables of these cases (case -> why it is in them), one for each feature space.
 
     counts  with the number of images of each
     """
@@ -182,11 +173,11 @@ def blocks(report: Report, cases: Mapping[str, str], *, counts: bool) -> list[Bl
         for space in spaces_of(report)
     }
     (title, main), *others = (spaces or {"cases": dict[str, Measure]()}).items()
-    first = {head: of_row(head) for head in (COUNTED if counts else COUNTED[:2])}
+    first = {head: of_row(head) for head in (COUNTS if counts else COUNTS[:2])}
     last = {head: of_row(head) for head in ("score", "nearest")}
     tables = [(title, {**first, "s/image": of_row("seconds"), **main, **last}), *others]
-    drawn = [block(report, cases, title, columns) for title, columns in tables]
-    return [own for own in drawn if own.heads]
+    all_blocks = (block(report, cases, title, columns) for title, columns in tables)
+    return [block for block in all_blocks if block.heads]
 
 
 def block(
@@ -194,24 +185,18 @@ def block(
 ) -> Block:
     """A table of these columns, without those of which no case has a number."""
     rows = [rows_of(report)[case] for case in cases]
-    values = {head: [measure(row) for row in rows] for head, measure in columns.items()}
-    shown = {
-        head: [Cell(NONE if n is None else f"{n.value:.10g}") for n in own]
-        if head in COUNTED
-        else cells(own)
-        for head, own in values.items()
-        if any(number is not None for number in own)
-    }
-    lines = [
-        Line(
-            plain(case, 60),
-            tuple(column[number] for column in shown.values()),
-            plain(why),
-            plain(row.get("about", "")),
-        )
-        for number, ((case, why), row) in enumerate(zip(cases.items(), rows, strict=True))
-    ]
-    return Block(plain(title), tuple(shown), tuple(lines))
+    texts: dict[str, list[Cell]] = {}
+    for head, measure in columns.items():
+        values = [measure(row) for row in rows]
+        if head in COUNTS and any(values):
+            texts[head] = [Cell(NONE if n is None else f"{n.value:.10g}") for n in values]
+        elif any(values):
+            texts[head] = cells(values)
+    lines: list[Line] = []
+    for number, ((case, why), row) in enumerate(zip(cases.items(), rows, strict=True)):
+        row_cells = tuple(column[number] for column in texts.values())
+        lines.append(Line(plain(case, 60), row_cells, plain(why), plain(row.get("about", ""))))
+    return Block(plain(title), tuple(texts), tuple(lines))
 
 
 def cost_groups(report: Report) -> list[Block]:
@@ -220,7 +205,7 @@ def cost_groups(report: Report) -> list[Block]:
     Scores are less the base's, so that 0 is as right as the base.
     """
     spaces, rows = spaces_of(report), rows_of(report)
-    cases = part_of(report, "plans", "methods")
+    cases = part_rows(report, "plans", "methods")
     cases |= {case: rows[case] for case in best_cases(report).values()}
     columns = {
         **{f"by {space}, %": in_space(space, "recovered") for space in spaces},
@@ -236,37 +221,35 @@ def cost_groups(report: Report) -> list[Block]:
             why = WORSE if is_worse(report, case, cases) else ""
             costs.setdefault((networks.value, round(passes.value, 2)), {})[case] = why
     groups: list[Block] = []
-    for (networks, passes), own in sorted(costs.items()):
-        if len(own) > 1 or "methods" in {cases[case].get("part") for case in own}:
-            count = {1: "one network", 2: "two networks"}.get(
-                int(networks), f"{networks:g} networks"
-            )
+    for (networks, passes), group in sorted(costs.items()):
+        if len(group) > 1 or "methods" in {cases[case].get("part") for case in group}:
+            words = {1: "one network", 2: "two networks"}
+            count = words.get(int(networks), f"{networks:g} networks")
             title = f"recovered diversity: {count} in memory, {passes:g} pass"
             title += f"{'es' * (passes != 1)} an image"
-            groups.append(
-                block(report, dict(sorted(own.items(), key=itemgetter(1))), title, columns)
-            )
+            clearly_worse_last = dict(sorted(group.items(), key=itemgetter(1)))
+            groups.append(block(report, clearly_worse_last, title, columns))
     return groups
 
 
 def score_less_base(report: Report) -> Measure:
-    """The score less the base's, prompt by prompt where that is known; else with its own interval,
-    not that of the difference."""
+    """The score less the base's: prompt by prompt where the report has that, else with the interval
+    of the score instead of that of the difference."""
     base = interval(look_up(report, "rows", "base", "score"))
 
     def measure(row: Row) -> Interval | None:
-        apart, score = interval(row.get("score_less_base")), interval(row.get("score"))
-        if apart is not None or base is None or score is None:
-            return apart
+        difference, score = interval(row.get("score_less_base")), interval(row.get("score"))
+        if difference is not None or base is None or score is None:
+            return difference
         return Interval(*(number - base.value for number in score))
 
     return measure
 
 
 def table(report: Report) -> str:
-    """The main table for a terminal: one part for each feature space."""
-    parts = blocks(report, main_cases(report), counts=False)
-    lines = [line for own in parts for line in (own.title, *aligned(own), "")]
+    """The main table for a terminal, one for each feature space."""
+    tables = blocks(report, main_cases(report), counts=False)
+    lines = [line for block in tables for line in (block.title, *aligned(block), "")]
     return "\n".join((*lines, *legend_of(report)))
 
 
@@ -283,7 +266,7 @@ def intervals_of(report: Report) -> str:
 
 
 def aligned(table: Block) -> list[str]:
-    """The lines of a table, its heads first, in columns of letters of one width."""
+    """The lines of a table, its heads first, in columns for a monospaced font."""
     names = [line.case + (f" ({line.why})" if line.why else "") for line in table.lines]
     lines = [[table.first, *table.heads]]
     lines += [[name, *map(str, line.cells)] for name, line in zip(names, table.lines, strict=True)]

@@ -1,12 +1,12 @@
-"""When is a concept there, and is it dropped? With concepts that nobody asked for beside it.
+"""When does a concept appear, and is it dropped? Beside it concepts that nobody asked for.
 
 excess = score of the prompt's picture - score of the picture without the concept   same seed, row
 beyond = excess / margin of that row                  there: beyond > 1, see `traces.timeline`
 
 Every concept of a prompt has its twin run, the prompt without it. The margins of a twin come from
 the excess of concepts in neither prompt, at each row, so that at most `rate` of those are there at
-any row. What is asked for and then dropped means something beside what was never asked for: one
-half of those concepts is followed with the margins of the other half, and the halves change places.
+any row. How often a concept is dropped is compared with concepts that nobody asked for: one half of
+those is followed with the margins of the other half, and the halves are swapped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headstart.study.steps import (
     interval,
     passes_so_far,
     plans_of,
-    scored,
+    text_scorer,
 )
 from headstart.study.store import Arrays
 from headstart.traces.clip import UNASKED
@@ -45,8 +45,8 @@ from headstart.traces.timeline import (
 )
 
 MOST_UNASKED = 60
-There = NDArray[np.bool_]
-"""Of courses [S, N], at which rows each is there."""
+Presence = NDArray[np.bool_]
+"""[S, N]: at which of S rows each of N courses is there."""
 
 
 def measure(
@@ -71,9 +71,9 @@ def measure(
     twins = twins_of(prompt, phrases)
     words = (*twins, *check_phrases(unasked))
     counts = np.zeros((len(twins), len(unasked)), np.bool_)
-    for row, rest in enumerate(twins.values()):
-        counts[row, unasked_of(unasked, (prompt, rest), 2 * LEAST_UNASKED)] = True
-    score = scored(setting.judge, words)
+    for row, twin in enumerate(twins.values()):
+        counts[row, unasked_of(unasked, (prompt, twin), 2 * LEAST_UNASKED)] = True
+    score = text_scorer(setting.judge, words)
     decoder.check_space(setting.engine.weights.lineage)
     cell: dict[str, NDArray[Any]] = {
         "judge": np.array(setting.judge.scored_by),
@@ -86,33 +86,36 @@ def measure(
         scores: dict[str, Array] = {}
         for text in dict.fromkeys((prompt, *twins.values())):
             parts: list[Array] = []
-            for x0 in setting.each_part(text, table):
-                seen = [decoder(row).host() for row in x0]
-                rows = [np.where(own.finite[:, None], score(own.rgb), np.nan) for own in seen]
+            for x0 in setting.x0_parts(text, table):
+                pictures = (decoder(row).host() for row in x0)
+                rows = [np.where(p.finite[:, None], score(p.rgb), np.nan) for p in pictures]
                 parts.append(np.stack(rows))
             scores[text] = np.concatenate(parts, axis=1)
             check_pictures(np.isfinite(scores[text][..., 0]), text, table, decoder)
-        excess = [scores[prompt] - scores[rest] for rest in twins.values()]
+        unasked_columns = range(len(twins), len(words))
         cell[f"{plan}/excess"] = np.stack(
-            [own[..., [n, *range(len(twins), len(words))]] for n, own in enumerate(excess)]
+            [
+                (scores[prompt] - scores[twin])[..., [column, *unasked_columns]]
+                for column, twin in enumerate(twins.values())
+            ]
         ).astype(np.float32)
         cell[f"{plan}/passes"] = passes_so_far(table)
     return cell
 
 
 def twins_of(prompt: str, phrases: Sequence[str] | None = None) -> dict[str, str]:
-    """Every concept of it -> the prompt without it. Raises InputError for one it does not name."""
+    """Concept -> the prompt without it. Raises InputError for a concept that it does not name."""
     phrases = phrases_in(prompt) if phrases is None else check_phrases(phrases)
     if not phrases:
         raise InputError(f"{prompt!r} names no concept to follow: name those to be watched")
     twins: dict[str, str] = {}
     for phrase in phrases:
-        if (rest := without(prompt, phrase)) is None:
+        if (twin := without(prompt, phrase)) is None:
             raise InputError(
                 f"{phrase!r} is not in the prompt {prompt!r}: a concept that was not asked for is "
                 "a control, not what is followed"
             )
-        twins[phrase] = rest
+        twins[phrase] = twin
     return twins
 
 
@@ -123,8 +126,8 @@ def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
     """
     if judge.scored_by == SCORER:
         return tuple(map(phrase_of, headstart_weights.manifest().concepts))
-    named = (phrase for prompt in prompts for phrase in phrases_in(prompt))
-    concepts = tuple(dict.fromkeys((*named, *UNASKED)))
+    phrases = (phrase for prompt in prompts for phrase in phrases_in(prompt))
+    concepts = tuple(dict.fromkeys((*phrases, *UNASKED)))
     count = min(len(concepts), MOST_UNASKED)
     return tuple(concepts[i * len(concepts) // count] for i in range(count))
 
@@ -138,7 +141,7 @@ def names_concepts(prompt: str) -> bool:
 
 
 def runs_of(prompt: str, phrases: Sequence[str] | None = None) -> int:
-    """How many runs of each plan and seed a cell takes: the prompt's and the twins'."""
+    """The number of runs of each plan and seed in a cell: the prompt's and the twins'."""
     return len({prompt, *twins_of(prompt, phrases).values()})
 
 
@@ -158,8 +161,8 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
           "concepts": [{"prompt": str, "phrase": str, "without": str,
                        "plans": {plan: {"there": [float], "ever": float, "dropped": float}}}]}
 
-    Shares are of all courses, not of those that were there: a rate of dropping is read beside that
-    of concepts which were never asked for, and `dropped_more` above 0 is what would be a finding.
+    Shares are of all courses, not of those that were there. Only `dropped_more` above 0 says that
+    concepts are dropped: the rate is compared with that of concepts that nobody asked for.
     Raises InputError for no cells, cells of other plans or steps, and a rate outside of 0 to 1.
     """
     if not 0.0 < rate < 1.0:
@@ -173,7 +176,7 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
                 f"cells of other plans, steps or seeds: {plan!r} has {shapes}; measure all prompts "
                 "alike"
             )
-    there = {plan: [_followed(cell, plan, rate) for cell in cells] for plan in plans}
+    presences = {plan: [_presences(cell, plan, rate) for cell in cells] for plan in plans}
     return {
         "judge": str(cells[0]["judge"]),
         "seeds": int(cells[0][f"{plans[0]}/excess"].shape[2]),
@@ -182,9 +185,9 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
             plan: {
                 "passes": cells[0][f"{plan}/passes"].tolist(),
                 "missing": sum(int(np.isnan(c[f"{plan}/excess"][..., 0]).sum()) for c in cells),
-                **_over_prompts(own),
+                **_over_prompts(presences[plan]),
             }
-            for plan, own in there.items()
+            for plan in plans
         },
         "concepts": [
             {
@@ -194,7 +197,7 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
                 "plans": {
                     plan: {
                         name: np.round(share, 4).tolist()
-                        for name, share in _shares(there[plan][index][concept][0]).items()
+                        for name, share in _shares(presences[plan][index][concept][0]).items()
                     }
                     for plan in plans
                 },
@@ -205,43 +208,43 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
     }
 
 
-def _followed(cell: Arrays, plan: str, rate: float) -> list[tuple[There, There]]:
+def _presences(cell: Arrays, plan: str, rate: float) -> list[tuple[Presence, Presence]]:
     """Of every asked concept of a prompt: its courses, and those of concepts nobody asked for."""
-    followed: list[tuple[There, There]] = []
+    presences: list[tuple[Presence, Presence]] = []
     for single, counts in zip(cell[f"{plan}/excess"], cell["counts"], strict=True):
         excess = single.astype(np.float64)
-        asked, others = excess[..., 0], excess[..., 1:][..., counts]
-        halves = others[..., ::2], others[..., 1::2]
+        excess_asked, excess_others = excess[..., 0], excess[..., 1:][..., counts]
+        halves = excess_others[..., ::2], excess_others[..., 1::2]
         crossed = [
-            there(own / margins_of(rest, rate)[:, None, None]).reshape(len(own), -1)
-            for own, rest in (halves, halves[::-1])
+            there(half / margins_of(other_half, rate)[:, None, None]).reshape(len(half), -1)
+            for half, other_half in (halves, halves[::-1])
         ]
-        here = there(asked / margins_of(others, rate)[:, None])
-        followed.append((here, np.concatenate(crossed, axis=1)))
-    return followed
+        present = there(excess_asked / margins_of(excess_others, rate)[:, None])
+        presences.append((present, np.concatenate(crossed, axis=1)))
+    return presences
 
 
-def _shares(here: There) -> dict[str, Array]:
+def _shares(present: Presence) -> dict[str, Array]:
     """Of courses: the share that is there at each step [S], at any, and at one but not the last."""
-    ever = here.any(0)
+    at_any_step = present.any(0)
     return {
-        "there": here.mean(1),
-        "ever": np.asarray(ever.mean()),
-        "dropped": np.asarray((ever & ~here[-1]).mean()),
+        "there": present.mean(1),
+        "ever": np.asarray(at_any_step.mean()),
+        "dropped": np.asarray((at_any_step & ~present[-1]).mean()),
     }
 
 
-def _over_prompts(prompts: Sequence[Sequence[tuple[There, There]]]) -> dict[str, Any]:
+def _over_prompts(prompts: Sequence[Sequence[tuple[Presence, Presence]]]) -> dict[str, Any]:
     """Of each prompt and concept the courses of both kinds -> intervals."""
     numbers: dict[str, Any] = {}
     dropped: list[Array] = []
-    for kind, name in enumerate(("asked", "unasked")):
+    for kind, kind_name in enumerate(("asked", "unasked")):
         shares = [[_shares(pair[kind]) for pair in concepts] for concepts in prompts]
         over_concepts = {
-            field: np.stack([np.mean([own[field] for own in row], axis=0) for row in shares])
-            for field in shares[0][0]
+            name: np.stack([np.mean([concept[name] for concept in row], axis=0) for row in shares])
+            for name in shares[0][0]
         }
-        numbers[name] = {
+        numbers[kind_name] = {
             "courses": sum(pair[kind].shape[1] for concepts in prompts for pair in concepts),
             "there": [interval(step) for step in over_concepts["there"].T],
             "ever": interval(over_concepts["ever"]),

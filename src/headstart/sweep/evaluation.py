@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from headstart.metrics.fidelity import By, Neighbours, frechet_interval, kid, neighbours_interval
-from headstart.metrics.metrics import vendi, word_of
+from headstart.metrics.metrics import diversity_heads, vendi, word_of
 from headstart.metrics.resample import (
     Interval,
-    Measured,
     Paired,
+    PromptValues,
     measure_diversity,
     measure_each,
     measure_mean,
@@ -26,7 +26,7 @@ from headstart.metrics.resample import (
 )
 from headstart.spaces.extractor import Array, Distance, Judge
 from headstart.sweep.gallery import Gallery
-from headstart.sweep.seen import Reference, Seen
+from headstart.sweep.gallery_features import GalleryFeatures, Reference
 
 WIDE = 256
 """Above this many features a Frechet interval takes 50 draws, not 200: one costs 50 ms of
@@ -41,12 +41,12 @@ class Spread(NamedTuple):
     over_seeds: Interval | None
 
     @classmethod
-    def of(cls, measured: Measured) -> Spread:
-        return cls(measured.mean, over_prompts(measured), over_seeds(measured))
+    def of(cls, values: PromptValues) -> Spread:
+        return cls(values.mean, over_prompts(values), over_seeds(values))
 
     @classmethod
     def over(cls, ways: Sequence[By], measure: Callable[[By], Interval]) -> Spread:
-        """Of a number of all images, with an interval over each of these."""
+        """Of a number of all images, with an interval for each of `ways`."""
         intervals = {by: measure(by) for by in ways}
         value = intervals[ways[0]].value
         return cls(value, intervals.get("prompts"), intervals.get("seeds"))
@@ -71,22 +71,23 @@ class PromptVariety(NamedTuple):
         """Of the features of prompts with two images or more."""
         if not groups:
             return cls(None, None, distance)
-        varied = Spread.of(measure_diversity(groups, distance))
-        return cls(varied, Spread.of(measure_each(groups, vendi)), distance)
+        diversity = Spread.of(measure_diversity(groups, distance))
+        return cls(diversity, Spread.of(measure_each(groups, vendi)), distance)
 
     def to_json(self) -> dict[str, Any]:
-        """`mss` is a mean cosine: null where the distance is another."""
-        own = self.diversity
-        similar = None if own is None or self.distance != "cosine" else round(1.0 - own.value, 5)
-        numbers = {"diversity": _json(own), "mss": similar, "vendi": _json(self.vendi)}
+        """`mss` is a mean cosine: null for another distance."""
+        spread, is_cosine = self.diversity, self.distance == "cosine"
+        mss = round(1.0 - spread.value, 5) if spread is not None and is_cosine else None
+        numbers = {"diversity": _json(spread), "mss": mss, "vendi": _json(self.vendi)}
         return {"distance": self.distance, **numbers}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One folder. `varied` are the prompts with two images or more, which diversity is of.
+    """One folder.
 
-    spaces      variety by extractor, the first that of the other numbers
+    varied      number of prompts with two images or more, whose diversity is measured
+    spaces      variety by extractor; all other numbers are of the first one
     neighbours  precision, recall, density and coverage
     """
 
@@ -104,19 +105,19 @@ class Row:
         return next(iter(self.spaces.values()))
 
     def to_json(self) -> dict[str, Any]:
-        own = self.gallery
+        gallery = self.gallery
         return {
-            "folder": own.name,
-            "plan": own.plan,
-            "passes": own.passes,
-            "images": len(own.pictures),
-            "prompts": len(own.prompts),
-            "missing": own.missing,
+            "folder": gallery.name,
+            "plan": gallery.plan,
+            "passes": gallery.passes,
+            "images": len(gallery.pictures),
+            "prompts": len(gallery.prompts),
+            "missing": gallery.missing,
             "prompts_with_two_images": self.varied,
             **self.variety.to_json(),
             "spaces": {name: variety.to_json() for name, variety in self.spaces.items()},
             **{name: _json(getattr(self, name)) for name in ("score", "frechet", "kid")},
-            "neighbours": self.neighbours and {n: _json(own) for n, own in self.neighbours.items()},
+            "neighbours": self.neighbours and {n: _json(s) for n, s in self.neighbours.items()},
         }
 
 
@@ -143,7 +144,7 @@ class Contrast:
             "prompts": self.prompts,
             "images": self.images,
             "diversity": _paired(self.diversity),
-            "spaces": {name: {"diversity": _paired(own)} for name, own in self.spaces.items()},
+            "spaces": {name: {"diversity": _paired(pair)} for name, pair in self.spaces.items()},
             "score": _paired(self.score),
         }
 
@@ -161,8 +162,8 @@ class Evaluation:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What diversity in each space is called in a table."""
-        return ("diversity", *map(word_of, self.spaces[1:]))
+        """The head of each space's diversity in a table."""
+        return diversity_heads(self.spaces)
 
     @property
     def frechet(self) -> str:
@@ -170,94 +171,100 @@ class Evaluation:
         return "FID" if word_of(self.spaces[0]) == "inception" else "Frechet"
 
     def to_json(self) -> dict[str, Any]:
-        own, images = self.reference, None
-        if own is not None and own.features is not None:
-            images = len(own.features)
+        reference = None
+        if self.reference is not None:
+            name, _, features = self.reference
+            reference = {"name": name, "images": None if features is None else len(features)}
         return {
             "features": self.spaces[0],
             "spaces": list(self.spaces),
             "scored_by": self.scored_by,
-            "reference": None if own is None else {"name": own.name, "images": images},
+            "reference": reference,
             "frechet_is": self.frechet,
             "rows": [row.to_json() for row in self.rows],
             "paired": [contrast.to_json() for contrast in self.contrasts],
         }
 
 
-def evaluate(seen: Sequence[Seen], judge: Judge, reference: Reference | None = None) -> Evaluation:
-    """Everything that can be said of these folders; later ones are paired with the first."""
-    contrasts = (contrast(other, seen[0], judge) for other in seen[1:])
+def evaluate(
+    galleries: Sequence[GalleryFeatures], judge: Judge, reference: Reference | None = None
+) -> Evaluation:
+    """All numbers of these folders; each further one is paired with the first."""
+    contrasts = (contrast(gallery, galleries[0], judge) for gallery in galleries[1:])
     return Evaluation(
         spaces=tuple(space.name for space in judge.spaces),
         scored_by=judge.scored_by,
         reference=reference,
-        rows=tuple(_row(own, judge, reference) for own in seen),
-        contrasts=tuple(own for own in contrasts if own is not None),
+        rows=tuple(_row(gallery, judge, reference) for gallery in galleries),
+        contrasts=tuple(pair for pair in contrasts if pair is not None),
     )
 
 
-def contrast(a: Seen, b: Seen, judge: Judge) -> Contrast | None:
+def contrast(a: GalleryFeatures, b: GalleryFeatures, judge: Judge) -> Contrast | None:
     """a - b on the images that both have; None where they share none."""
-    keys = [{(p.prompt, p.seed) for p in own.gallery.pictures} for own in (a, b)]
-    shared = keys[0] & keys[1]
+    keys_a, keys_b = ({(p.prompt, p.seed) for p in x.gallery.pictures} for x in (a, b))
+    shared = keys_a & keys_b
     if not shared:
         return None
-    order = sorted({prompt for prompt, _ in shared})  # of prompts, one for both
-    left, right = _rows_of(a, shared, order), _rows_of(b, shared, order)
+    prompts = sorted({prompt for prompt, _ in shared})
+    rows_a, rows_b = _rows_of(a, shared, prompts), _rows_of(b, shared, prompts)
     score = None
     if a.scores is not None and b.scores is not None:
         score = paired(
-            measure_mean([a.scores[rows] for rows in left]),
-            measure_mean([b.scores[rows] for rows in right]),
+            measure_mean([a.scores[rows] for rows in rows_a]),
+            measure_mean([b.scores[rows] for rows in rows_b]),
         )
     spaces: dict[str, Paired | None] = {}
     for space, *features in zip(judge.spaces, a.spaces, b.spaces, strict=True):
-        measured = [
-            measure_diversity([own[rows] for rows in chosen if len(rows) > 1], space.distance)
-            for own, chosen in zip(features, (left, right), strict=True)
-            if any(len(rows) > 1 for rows in chosen)
+        diversities = [
+            measure_diversity([values[rows] for rows in groups if len(rows) > 1], space.distance)
+            for values, groups in zip(features, (rows_a, rows_b), strict=True)
+            if any(len(rows) > 1 for rows in groups)
         ]
-        spaces[space.name] = paired(*measured) if measured else None
+        spaces[space.name] = paired(*diversities) if diversities else None
     return Contrast(
         a=a.gallery.name,
         b=b.gallery.name,
-        prompts=len(order),
+        prompts=len(prompts),
         images=len(shared),
         spaces=spaces,
         score=score,
     )
 
 
-def _rows_of(seen: Seen, shared: set[tuple[str, int]], prompts: Sequence[str]) -> list[list[int]]:
+def _rows_of(
+    images: GalleryFeatures, shared: set[tuple[str, int]], prompts: Sequence[str]
+) -> list[list[int]]:
     """Rows of the shared images by seed, one list a prompt."""
     rows: dict[str, list[int]] = {prompt: [] for prompt in prompts}
-    for row, picture in enumerate(seen.gallery.pictures):
+    for row, picture in enumerate(images.gallery.pictures):
         if (picture.prompt, picture.seed) in shared:
             rows[picture.prompt].append(row)
     return list(rows.values())
 
 
-def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
+def _row(images: GalleryFeatures, judge: Judge, reference: Reference | None) -> Row:
     spaces: dict[str, PromptVariety] = {}
-    for space, features in zip(judge.spaces, seen.spaces, strict=True):
-        groups = [group for group in seen.split(features) if len(group) > 1]
+    for space, features in zip(judge.spaces, images.spaces, strict=True):
+        groups = [group for group in images.by_prompt(features) if len(group) > 1]
         spaces[space.name] = PromptVariety.of(groups, space.distance)
+    scores = images.scores
     row = Row(
-        gallery=seen.gallery,
-        varied=sum(size > 1 for size in seen.gallery.sizes),
+        gallery=images.gallery,
+        varied=sum(size > 1 for size in images.gallery.sizes),
         spaces=spaces,
-        score=None if seen.scores is None else Spread.of(measure_mean(seen.split(seen.scores))),
+        score=None if scores is None else Spread.of(measure_mean(images.by_prompt(scores))),
     )
-    if reference is None or len(seen.features) < 2:
+    if reference is None or len(images.features) < 2:
         return row
-    return _with_reference(row, seen, reference)
+    return _with_reference(row, images, reference)
 
 
-def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
+def _with_reference(row: Row, images: GalleryFeatures, reference: Reference) -> Row:
     """Over prompts where there are several, over seeds where every prompt has several; or both."""
-    features, sizes, known = seen.features, seen.gallery.sizes, reference.features
-    able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
-    ways: list[By] = [by for by in able if able[by]]
+    features, sizes = images.features, images.gallery.sizes
+    is_possible: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
+    ways: list[By] = [by for by in is_possible if is_possible[by]]
     draws = 50 if features.shape[1] > WIDE else 200
 
     def frechet(by: By) -> Interval:
@@ -265,28 +272,28 @@ def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
         return frechet_interval(features, moments, sizes=sizes, by=by, resamples=draws)
 
     row = replace(row, frechet=Spread.over(ways, frechet))
-    if known is None:
+    if (target := reference.features) is None:
         return row
-    row = replace(row, kid=Spread.over(ways, lambda by: kid(features, known, sizes=sizes, by=by)))
-    k = min(5, len(known) - 1, len(features) - 1)
+    row = replace(row, kid=Spread.over(ways, lambda by: kid(features, target, sizes=sizes, by=by)))
+    k = min(5, len(target) - 1, len(features) - 1)
     if k < 1:
         return row
-    near = {by: neighbours_interval(features, known, k=k, sizes=sizes, by=by) for by in ways}
+    near = {by: neighbours_interval(features, target, k=k, sizes=sizes, by=by) for by in ways}
     neighbours = {
         name: Spread.over(ways, lambda by, name=name: near[by][name]) for name in Neighbours._fields
     }
     return replace(row, neighbours=neighbours)
 
 
-def _json(own: Spread | None) -> dict[str, Any] | None:
-    return None if own is None else own.to_json()
+def _json(spread: Spread | None) -> dict[str, Any] | None:
+    return None if spread is None else spread.to_json()
 
 
-def _ends(prompts: Interval | None, seeds: Interval | None) -> dict[str, Any]:
+def _ends(over_prompts: Interval | None, over_seeds: Interval | None) -> dict[str, Any]:
     """Both intervals for JSON."""
     return {
         f"{name}_95": None if interval is None else interval.rounded(6)[1:]
-        for name, interval in (("over_prompts", prompts), ("over_seeds", seeds))
+        for name, interval in (("over_prompts", over_prompts), ("over_seeds", over_seeds))
     }
 
 

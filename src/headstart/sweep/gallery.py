@@ -1,4 +1,4 @@
-"""A folder of images with the prompt and seed of each: what `headstart sample` or `sweep` wrote."""
+"""A folder that `headstart sample` or `sweep` wrote: images with the prompt and seed of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Picture(NamedTuple):
-    """One image file and what it was drawn for."""
+    """One image file, and its prompt and seed."""
 
     prompt: str
     seed: int
@@ -34,10 +34,10 @@ class Picture(NamedTuple):
 class Gallery:
     """Pictures by prompt, in order of first appearance, and by seed.
 
-    name     the folder as it was given
+    name     the folder's path as the user wrote it
     plan     the plan's name; passes: network passes an image
     missing  cases of the sweep that are not finished
-    lineage  the family that drew them, or None where the folder does not say
+    lineage  the family of the models, or None where the folder does not say
     """
 
     name: str
@@ -58,23 +58,26 @@ class Gallery:
 
 
 def read_gallery(folder: Path) -> Gallery:
-    """What a sweep (also an unfinished or sharded one) or a sample run wrote into `folder`.
+    """The gallery of a sweep (also an unfinished or sharded one) or of a sample run.
 
-    Raises InputError for a folder of neither, and for one whose images are gone.
+    Raises InputError for any other folder, and for one whose images are missing.
     """
     if not folder.is_dir():
         raise InputError(f"no folder {str(folder)!r}: give one that sample or sweep wrote")
     gallery = _of_sweep(folder) if (folder / SETTINGS).exists() else _of_record(folder)
-    gone = [picture.path.name for picture in gallery.pictures if not picture.path.is_file()]
-    if gone or not gallery.pictures:
-        what = f"{gone[0]} and {len(gone) - 1} more are gone" if gone else "no image is finished"
-        raise InputError(f"{str(folder)!r}: {what}: run the sweep again, it draws what is missing")
+    missing = [picture.path.name for picture in gallery.pictures if not picture.path.is_file()]
+    if missing or not gallery.pictures:
+        names = f"{missing[0]} and {len(missing) - 1} more are gone" if missing else ""
+        raise InputError(
+            f"{str(folder)!r}: {names or 'no image is finished'}: run the sweep again, it draws "
+            "what is missing"
+        )
     return gallery
 
 
 def read_pictures(folder: Path) -> tuple[Path, ...]:
-    """Every picture of a folder, by name: a reference set. The contact sheet of a run is none.
-    Raises InputError where it has none."""
+    """Every picture of a folder, by name, without the contact sheet of a run: a reference set.
+    Raises InputError where there is none."""
     sheet = folder / GRID if (folder / RECORD).exists() else None
     files = (path for path in folder.glob("*") if path != sheet)
     pictures = sorted(path for path in files if path.suffix.lower() in PICTURES)
@@ -93,10 +96,10 @@ def picture_sizes(paths: Sequence[Path]) -> frozenset[tuple[int, int]]:
 
 
 def read_lineage(folder: Path) -> str | None:
-    """The family that drew a folder's pictures; None where no sweep or record in it says."""
+    """The family of the models of a folder; None where no sweep or record in it says."""
     for name in (SETTINGS, RECORD):
         try:
-            return _lineage(read_json(folder / name, "what sample or sweep wrote", _DRAWN))
+            return _lineage(read_json(folder / name, "what sample or sweep wrote", _ORIGIN))
         except InputError:
             continue
     return None
@@ -104,16 +107,16 @@ def read_lineage(folder: Path) -> str | None:
 
 def load_rgb(paths: Sequence[Path], batch: int = 64) -> Iterator[NDArray[np.uint8]]:
     """uint8 [n, H, W, 3] of consecutive pictures of one size, `batch` at most."""
-    waiting: list[NDArray[np.uint8]] = []
+    batch_rgb: list[NDArray[np.uint8]] = []
     for path in paths:
         with _opened(path) as image:
             rgb = np.asarray(image.convert("RGB"))
-        if waiting and (rgb.shape != waiting[0].shape or len(waiting) == batch):
-            yield np.stack(waiting)
-            waiting = []
-        waiting.append(rgb)
-    if waiting:
-        yield np.stack(waiting)
+        if batch_rgb and (rgb.shape != batch_rgb[0].shape or len(batch_rgb) == batch):
+            yield np.stack(batch_rgb)
+            batch_rgb = []
+        batch_rgb.append(rgb)
+    if batch_rgb:
+        yield np.stack(batch_rgb)
 
 
 @contextmanager
@@ -146,7 +149,7 @@ def _of_record(folder: Path) -> Gallery:
             f"{str(folder)!r} has no {SETTINGS} and no {RECORD}: give a folder that sample or "
             "sweep wrote"
         )
-    record = read_json(path, "a run's record", _SAMPLED)
+    record = read_json(path, "a run's record", _RECORD)
     table = record["table"]
     try:
         column = table["columns"].index("guidance")
@@ -164,14 +167,14 @@ def _of_record(folder: Path) -> Gallery:
     )
 
 
-_DRAWN = {"lineage?": (None, str), "weights?": {"": {"file": str}}}
+_ORIGIN = {"lineage?": (None, str), "weights?": {"": {"file": str}}}
 _TABLE = {"name": str, "columns": [str], "rows": [[object]]}
-_SAMPLED = {**_DRAWN, "prompts": [str], "seeds": [int], "table": _TABLE}
-_SWEEP = {**_DRAWN, "plan": str, "passes": int, "cases": {"count": int}}
+_RECORD = {**_ORIGIN, "prompts": [str], "seeds": [int], "table": _TABLE}
+_SWEEP = {**_ORIGIN, "plan": str, "passes": int, "cases": {"count": int}}
 
 
 def _lineage(record: Mapping[str, Any]) -> str | None:
-    """That of a record or a sweep; earlier ones name only the files, of which ours are known."""
+    """The lineage of a record or a sweep; old ones name only the files, so of ours it is known."""
     if record.get("lineage") is not None:
         return record["lineage"]
     weights = record.get("weights", {})
@@ -180,7 +183,8 @@ def _lineage(record: Mapping[str, Any]) -> str | None:
 
 
 def _in_order(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
-    """By prompt and seed; of two files of one image the first, or it would pair with itself."""
-    place = {p: n for n, p in enumerate(dict.fromkeys(picture.prompt for picture in pictures))}
-    distinct = {(place[p.prompt], p.seed): p for p in reversed(pictures)}
+    """By prompt and seed; of two files of one image only the first, as one is no pair."""
+    prompts = dict.fromkeys(picture.prompt for picture in pictures)
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    distinct = {(numbers[p.prompt], p.seed): p for p in reversed(pictures)}
     return tuple(distinct[key] for key in sorted(distinct))

@@ -23,14 +23,14 @@ COLUMNS = ("case_number", "prompt", "evaluation_seed")
 
 MAX_LINE_BYTES = 1 << 20
 MAX_CASE = 10**12 - 1
-SHOWN = 20
-"""Problems shown one by one; the rest is counted."""
+MOST_MESSAGES = 20
+"""Bad lines that an error shows one by one; of the others it gives the number."""
 
 Size = tuple[int, int]
 
 
 class Case(NamedTuple):
-    """One image: its number, prompt, seed, and (height, width) in pixels where the file says so."""
+    """One image: its number, prompt, seed, and (height, width) in pixels where the file has one."""
 
     number: int
     prompt: str
@@ -44,23 +44,24 @@ class Case(NamedTuple):
 
 @dataclass(slots=True)
 class _Problems:
-    """What is wrong, by line; a line is shown once."""
+    """Problems by line, one for each line."""
 
     path: Path
     messages: list[str] = field(default_factory=list[str])
     lines: set[int] = field(default_factory=set[int])
 
     def add(self, line: int, reason: str) -> None:
-        if line not in self.lines and len(self.messages) < SHOWN:
+        if line not in self.lines and len(self.messages) < MOST_MESSAGES:
             self.messages.append(f"  line {line}: {reason}")
         self.lines.add(line)
 
     def check(self) -> None:
         if self.lines:
-            more = len(self.lines) - len(self.messages)
-            what = f"{str(self.path)!r} has {len(self.lines)} bad line{'s' * (len(self.lines) > 1)}"
-            rest = [f"  and {more} more"] if more else []
-            raise InputError("\n".join([f"{what}; nothing was done:", *self.messages, *rest]))
+            bad = f"{len(self.lines)} bad line{'s' * (len(self.lines) > 1)}"
+            lines = [f"{str(self.path)!r} has {bad}; nothing was done:", *self.messages]
+            if len(self.lines) > len(self.messages):
+                lines.append(f"  and {len(self.lines) - len(self.messages)} more")
+            raise InputError("\n".join(lines))
 
 
 def read_cases(path: Path, *, size_column: str | None = None) -> tuple[Case, ...]:
@@ -95,36 +96,31 @@ def batches(cases: Sequence[Case], size: int, least: int = 1) -> tuple[tuple[Cas
     """Cases of one shape, `size` at most, across prompts and in their order.
 
     least   images of a prompt that must be drawn together: where it is more than 1, a batch holds
-            whole prompts, in the order of their first cases
+            all cases of a prompt, in the order of their first cases
 
-    They depend on the list and on the numbers alone, never on what is finished or on who does it,
+    They depend on the list and on the numbers alone, never on what is finished or by which process,
     so an image has the same bits after any interruption and with any number of processes. Raises
     InputError for a prompt that has fewer images, does not fit, or is of several shapes.
     """
     if size < 1:
         raise InputError(f"batch must be at least 1 case, got {size}")
-    shapes: dict[Size | None, list[Sequence[Case]]] = {}
-    for part in [[case] for case in cases] if least == 1 else _whole_prompts(cases, size, least):
-        shapes.setdefault(part[0].size, []).append(part)
-    every: list[tuple[Case, ...]] = []
-    for parts in shapes.values():
-        batch: list[Case] = []
-        for part in parts:
-            if len(batch) + len(part) > size:
-                every.append(tuple(batch))
-                batch = []
-            batch += part
-        every.append(tuple(batch))
-    return tuple(every)
+    groups = [[case] for case in cases] if least == 1 else _prompt_groups(cases, size, least)
+    by_shape: dict[Size | None, list[list[Case]]] = {}
+    for group in groups:
+        shape_batches = by_shape.setdefault(group[0].size, [[]])
+        if len(shape_batches[-1]) + len(group) > size:
+            shape_batches.append([])
+        shape_batches[-1] += group
+    return tuple(tuple(batch) for shape_batches in by_shape.values() for batch in shape_batches)
 
 
-def _whole_prompts(cases: Sequence[Case], size: int, least: int) -> list[list[Case]]:
+def _prompt_groups(cases: Sequence[Case], size: int, least: int) -> list[list[Case]]:
     prompts: dict[str, list[Case]] = {}
     for case in cases:
         prompts.setdefault(case.prompt, []).append(case)
     for prompt, group in prompts.items():
         images, sizes = len({case.seed for case in group}), {case.size for case in group}
-        wrong = (
+        problem = (
             f"has {images} image{'s' * (images != 1)}, and needs {least}: add seeds"
             if images < least
             else f"has {len(group)} cases, more than a batch of {size}: give --batch {len(group)}"
@@ -133,16 +129,16 @@ def _whole_prompts(cases: Sequence[Case], size: int, least: int) -> list[list[Ca
             if len(sizes) > 1
             else None
         )
-        if wrong:
+        if problem:
             raise InputError(
-                f"prompt {prompt!r:.60} {wrong}; --diversify has a method that acts across the "
+                f"prompt {prompt!r:.60} {problem}; --diversify has a method that acts across the "
                 "images of a prompt, so they are drawn together"
             )
     return list(prompts.values())
 
 
 def digest(cases: Sequence[Case]) -> str:
-    """SHA-256 of what the cases say, whatever the file looked like."""
+    """SHA-256 of the cases, independent of the file's format."""
     text = "\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -168,13 +164,13 @@ def _read(stream: BinaryIO, problems: _Problems, size_column: str | None) -> tup
 
 
 def _lines(stream: BinaryIO, problems: _Problems) -> Iterator[str]:
-    """One string a physical line; what cannot be read is noted and given as an empty line."""
+    """One string a physical line; one that cannot be read becomes a problem and an empty line."""
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES):
         number += 1
         if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
             problems.add(number, f"longer than {MAX_LINE_BYTES} bytes: no prompt is")
-            while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            while (more := stream.readline(MAX_LINE_BYTES)) and not more.endswith(b"\n"):
                 pass
             raw = b"\n"
         try:
@@ -203,15 +199,15 @@ def _rows(lines: Iterator[str], problems: _Problems) -> Iterator[tuple[int, list
 
 def _columns(header: Sequence[str], path: Path, size_column: str | None) -> Mapping[str, int]:
     names = [name.strip() for name in header]
-    wanted = (*COLUMNS, *([size_column] if size_column is not None else []))
-    for name in wanted:
+    expected = (*COLUMNS, *([size_column] if size_column is not None else []))
+    for name in expected:
         if names.count(name) != 1:
             problem = "no column" if name not in names else "more than one column"
             raise InputError(
-                f"{str(path)!r}, line 1: {problem} {name!r}; expected {', '.join(wanted)} and any "
-                f"others, separated by commas; got {', '.join(names) or 'nothing':.200}"
+                f"{str(path)!r}, line 1: {problem} {name!r}; expected {', '.join(expected)} and "
+                f"any others, separated by commas; got {', '.join(names) or 'nothing':.200}"
             )
-    return {name: names.index(name) for name in wanted}
+    return {name: names.index(name) for name in expected}
 
 
 def _case(
@@ -227,14 +223,14 @@ def _case(
     if "\0" in prompt:
         raise InputError("the prompt holds a NUL character: the file is damaged, or no text")
     return Case(
-        _whole("case_number", number, MAX_CASE),
+        _integer("case_number", number, MAX_CASE),
         prompt,
-        _whole("evaluation_seed", seed, MAX_SEED),
+        _integer("evaluation_seed", seed, MAX_SEED),
         None if size_column is None else _size(row[columns[size_column]].strip()),
     )
 
 
-def _whole(name: str, text: str, most: int) -> int:
+def _integer(name: str, text: str, most: int) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", text.strip()) or int(text) > most:
         raise InputError(f"{name} {text!r:.60}: expected a whole number from 0 to {most}")
     return int(text)

@@ -1,9 +1,9 @@
-"""What a sweep has finished, on disk, so that it can be ended at any moment and gone on with.
+"""A sweep's folder: it can be interrupted at any moment, and the next run continues.
 
     DIR/sweep.json           settings: cases, plan, weights; written first, the same for all
-    DIR/000000.png           aside -> fsync -> rename
-    DIR/shards/0000.jsonl    one line an image that is in place, fsynced; one file a rank
-    DIR/shards/0000.lock     held by the process that is this rank
+    DIR/000000.png           temporary file -> fsync -> rename
+    DIR/shards/0000.jsonl    one line for each finished image, fsynced; one file a rank
+    DIR/shards/0000.lock     locked by the process that is this rank
     DIR/manifest.jsonl       all lines by case number, once every case has one
 
 A line follows its image, so a kill in between costs one image drawn again, to the same bits.
@@ -33,7 +33,7 @@ IDENTITY = (
     *("format", "cases", "table", "negative", "size", "batch", "dtype", "weights", "diversify"),
     *("reading", "adapters"),
 )
-"""What decides the images. `machine` may change: where bits differ it says why."""
+"""What decides the images. `machine` may change: it explains where bits differ."""
 
 
 class Entry(NamedTuple):
@@ -69,16 +69,16 @@ class Entry(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Which of `world` processes this is. Batches are dealt in turn: batch % world == rank."""
+    """Which of `world` processes this is. It has the batches with batch % world == rank."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str]) -> Shard:
-        """What torchrun says in RANK and WORLD_SIZE; without them, the only process.
+        """From RANK and WORLD_SIZE, which torchrun sets; without them, the only process.
 
-        Raises InputError where only one of them is set or they are no rank of a world.
+        Raises InputError where only one of them is set or the rank is outside of the world.
         """
         values = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
         if values == [None, None]:
@@ -99,7 +99,7 @@ class Shard(NamedTuple):
 class Ledger:
     """A sweep's folder as one rank has it open; use `open_ledger`.
 
-    lines  case number -> what all ranks had recorded of it when this one opened the folder
+    lines  case number -> the entries of all ranks when this one opened the folder
     """
 
     folder: Path
@@ -108,45 +108,45 @@ class Ledger:
     lines: Mapping[int, list[Entry]]
 
     def intact(self, case: Case) -> bool:
-        """Whether the case was finished: a line of this very case, and its file as recorded."""
-        own = (entry for entry in self.lines.get(case.number, ()) if entry.is_of(case))
-        return any(entry.is_intact(self.folder) for entry in own)
+        """Whether the case was finished: an entry of this very case, and its file as recorded."""
+        entries = self.lines.get(case.number, ())
+        return any(entry.is_of(case) and entry.is_intact(self.folder) for entry in entries)
 
     def add(self, images: Iterable[tuple[Case, bytes]]) -> None:
-        """Put files in place, then their lines. Raises InputError on a full or failing disk."""
-        entries: list[Entry] = []
+        """Write files, then their lines. Raises InputError on a full or failing disk."""
+        lines: list[bytes] = []
         for case, data in images:
-            # A name of its own for each rank: what a killed one left is overwritten.
+            # Temporary names contain the rank: the files of a killed one are overwritten.
             write_file(self.folder / case.file, data, writer=f"rank{self.shard.rank}")
-            entries.append(Entry.of(case, data))
+            lines.append(Entry.of(case, data).line())
         try:
-            self.journal.write(b"".join(entry.line() for entry in entries))
+            self.journal.write(b"".join(lines))
             self.journal.flush()
             os.fsync(self.journal.fileno())
         except OSError as error:
             raise InputError(f"could not write {self.journal.name!r}: {error.strerror}") from error
 
     def begin(self) -> None:
-        """Work is left, so the manifest of an earlier run is no longer true."""
+        """Delete the manifest of an earlier run, as there are unfinished cases."""
         (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def merge(self, cases: Iterable[Case]) -> bool:
-        """Write the manifest if every case of every rank has its file and line; whether it did.
+        """Write the manifest if every case of every rank has its file and line; returns whether.
 
         The last rank to finish finds all lines, and any that finds them writes the same bytes.
         """
         lines = _read_shards(self.folder)
         entries: list[Entry] = []
         for case in cases:
-            known = dict.fromkeys(e for e in lines.get(case.number, ()) if e.is_of(case))
-            intact = [e for e in known if e.is_intact(self.folder, by_size=True)]
-            if len(intact) > 1:  # drawn again on another machine: the file says which line is true
+            distinct = dict.fromkeys(e for e in lines.get(case.number, ()) if e.is_of(case))
+            intact = [e for e in distinct if e.is_intact(self.folder, by_size=True)]
+            if len(intact) > 1:  # drawn again on another machine: the digest decides
                 intact = [e for e in intact if e.is_intact(self.folder)]
             if not intact:
                 return False
             entries.append(intact[-1])
-        whole = b"".join(entry.line() for entry in sorted(entries))
-        write_file(self.folder / MANIFEST, whole, writer=f"rank{self.shard.rank}")
+        manifest = b"".join(entry.line() for entry in sorted(entries))
+        write_file(self.folder / MANIFEST, manifest, writer=f"rank{self.shard.rank}")
         for stale in self.folder.glob(".*.png.rank*.partial"):  # of ranks that were killed
             stale.unlink(missing_ok=True)
         return True
@@ -154,9 +154,9 @@ class Ledger:
 
 @contextmanager
 def locked(folder: Path, lock: str, shard: Shard, doing: str) -> Generator[None]:
-    """The folder for one rank, which nobody else is until the end or until it is killed.
+    """Lock a folder for one rank until the end or until the process is killed.
 
-    lock  the name of its lock file, which stays there
+    lock  the name of the lock file, which is not deleted
 
     Raises InputError where another process is this rank, and where nothing can be written.
     """
@@ -228,21 +228,21 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What sweep.json says, None where there is none. Raises InputError where it is damaged."""
+    """The contents of sweep.json, None without one. Raises InputError where it is damaged."""
     path = folder / SETTINGS
     if not path.exists():
         return None
-    settings = read_json(path, _WHAT, {"format": str, "weights?": {"": {"sha256": str}}})
+    settings = read_json(path, _ROLE, {"format": str, "weights?": {"": {"sha256": str}}})
     if settings["format"] != FORMAT:
-        raise InputError(f"{path}: expected {FORMAT}, got {settings['format']!r:.60}: {_WHAT}")
+        raise InputError(f"{path}: expected {FORMAT}, got {settings['format']!r:.60}: {_ROLE}")
     return settings
 
 
 def read_entries(folder: Path) -> tuple[Entry, ...]:
-    """What is finished, by case number: the manifest's lines, and those of all shards so far."""
+    """Finished images by case number: the manifest's lines, and those of all shards so far."""
     entries_by_case = {number: entries[-1] for number, entries in _read_shards(folder).items()}
-    if (whole := folder / MANIFEST).exists():
-        entries_by_case |= {entry.case_number: entry for entry in _read_lines(whole)}
+    if (manifest := folder / MANIFEST).exists():
+        entries_by_case |= {entry.case_number: entry for entry in _read_lines(manifest)}
     return tuple(entry for _, entry in sorted(entries_by_case.items()))
 
 
@@ -255,7 +255,8 @@ def _read_shards(folder: Path) -> dict[int, list[Entry]]:
 
 
 def _read_lines(path: Path) -> list[Entry]:
-    """A line that was cut off, or is no entry, finishes nothing: its case is drawn again."""
+    """The entries of a file. A line that was cut off or is no entry is ignored, so its case is
+    drawn again."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
@@ -273,21 +274,21 @@ def _entry(line: bytes) -> Entry | None:
     return Entry(**values) if values["file"] == Path(values["file"]).name else None
 
 
-_WHAT = "a sweep's settings; choose another --out"
+_ROLE = "a sweep's settings; choose another --out"
 _LINE = dict(zip(Entry._fields, (int, str, int, str, str, int), strict=True))
 
 
 def _identity(settings: Mapping[str, Any], key: str) -> object:
-    """Weights are their digests: a file may be moved."""
+    """A setting; of weights only the digests, as a file may be moved."""
     value: Any = settings.get(key, {})
     return {role: value[role]["sha256"] for role in value} if key == "weights" else value
 
 
 def _short(value: Any, key: str) -> str:
-    """Short values whole, a table by its name, adapters by name, strength and digest, and what only
-    differs further on by its digest."""
+    """A value on one line: adapters by name, strength and digest, a long value by its name or
+    beginning and its digest."""
     if key == "adapters" and isinstance(value, dict):
-        return ", ".join(f"{name} {_adapter(own)}" for name, own in value.items())  # pyright: ignore
+        return ", ".join(f"{name} {_adapter(entry)}" for name, entry in value.items())  # pyright: ignore
     text = json.dumps(value, ensure_ascii=False)
     if len(text) <= 80:
         return text
@@ -295,10 +296,10 @@ def _short(value: Any, key: str) -> str:
     return f"{name or text[:60] + '…'} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
-def _adapter(own: Any) -> str:
+def _adapter(entry: Any) -> str:
     try:
-        strength = {name: value for name, value in own["strength"].items() if value is not None}
-        only = strength["value"] if strength.keys() == {"value"} else strength
-        return f"at {json.dumps(only):.60} (sha256 {own['sha256'][:12]})"
+        fields = {name: value for name, value in entry["strength"].items() if value is not None}
+        strength = fields["value"] if fields.keys() == {"value"} else fields
+        return f"at {json.dumps(strength):.60} (sha256 {entry['sha256'][:12]})"
     except (AttributeError, KeyError, TypeError):
-        return f"{own!r:.60}"
+        return f"{entry!r:.60}"

@@ -2,8 +2,8 @@
 
 batch b of rank r: b % world == r      a finished case is verified and skipped
 
-Batches are fixed by the list of cases, so which ranks there are and where they were interrupted
-changes no bit; the size of a batch changes an image by the networks' rounding alone.
+Batches depend on the list of cases alone, so neither the number of ranks nor an interruption
+changes a bit; the size of a batch changes an image by the networks' rounding alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Draw = Callable[[Sequence[Case]], Sequence[bytes]]
 """Cases of one shape -> a PNG file each."""
 
 
-class Swept(NamedTuple):
-    """What one rank did. complete: whether the manifest of all ranks is written."""
+class SweepResult(NamedTuple):
+    """Images written and skipped by one rank; whether the manifest of all ranks is complete."""
 
     written: int
     skipped: int
@@ -27,7 +27,8 @@ class Swept(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A rank's share: batches of which some case is unfinished, and the cases that are not."""
+    """A rank's share: its unfinished batches, the numbers of their unfinished cases (pending), and
+    how many cases of its batches are finished (skipped)."""
 
     batches: tuple[tuple[Case, ...], ...]
     pending: frozenset[int]
@@ -35,13 +36,15 @@ class Work(NamedTuple):
 
 
 def share(cases: Sequence[Case], ledger: Ledger, batch: int, least: int = 1) -> Work:
-    """This rank's of `batches`, without those whose images are all in place; reads every image
-    once."""
+    """This rank's batches, without those whose images are all finished; reads every image once."""
     rank, world = ledger.shard
-    own = batches(cases, batch, least)[rank::world]
-    pending = frozenset(c.number for part in own for c in part if not ledger.intact(c))
-    left = tuple(part for part in own if not pending.isdisjoint(c.number for c in part))
-    return Work(left, pending, sum(map(len, own)) - len(pending))
+    rank_batches = batches(cases, batch, least)[rank::world]
+    rank_cases = [case for group in rank_batches for case in group]
+    pending = frozenset(case.number for case in rank_cases if not ledger.intact(case))
+    unfinished = tuple(
+        group for group in rank_batches if not pending.isdisjoint(case.number for case in group)
+    )
+    return Work(unfinished, pending, len(rank_cases) - len(pending))
 
 
 def sweep(
@@ -52,11 +55,11 @@ def sweep(
     batch: int,
     on_cases: Callable[[int], object] = lambda _: None,
     work: Work | None = None,
-) -> Swept:
+) -> SweepResult:
     """Draw this rank's share, and write the manifest if that was the last of all.
 
-    on_cases  called with the number of images put in place
-    work      of `share`, where the caller wanted to know it first
+    on_cases  called with the number of images written
+    work      the result of `share`, if the caller has it already
 
     A batch that was interrupted is drawn whole, so that it has the same bits, and only the images
     it lacks are written.
@@ -64,9 +67,9 @@ def sweep(
     work = share(cases, ledger, batch) if work is None else work
     if work.pending:
         ledger.begin()
-    for part in work.batches:
-        drawn = zip(part, draw(part), strict=True)
-        missing = [(case, png) for case, png in drawn if case.number in work.pending]
+    for group in work.batches:
+        pngs = zip(group, draw(group), strict=True)
+        missing = [(case, png) for case, png in pngs if case.number in work.pending]
         ledger.add(missing)
         on_cases(len(missing))
-    return Swept(len(work.pending), work.skipped, ledger.merge(cases))
+    return SweepResult(len(work.pending), work.skipped, ledger.merge(cases))

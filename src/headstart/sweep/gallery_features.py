@@ -1,4 +1,4 @@
-"""Galleries as features: what every number of an evaluation is computed from.
+"""Features and scores of galleries, from which every number of an evaluation is computed.
 
 gallery, judge -> features in each space, and scores      a folder of pictures -> a reference
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,8 @@ OnImages = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A gallery's features [n, d], and scores [n] against its own prompts, in its order.
+class GalleryFeatures:
+    """A gallery's features [n, d], and scores [n] against its prompts, in its order.
 
     spaces  features in the order of the judge's spaces; those of a wide one are `group_features`,
             to be compared within a prompt alone
@@ -40,53 +41,57 @@ class Seen:
         """In the main space."""
         return self.spaces[0]
 
-    def split(self, values: Array) -> list[Array]:
+    def by_prompt(self, values: Array) -> list[Array]:
         """One array a prompt."""
         return np.split(values, np.cumsum(self.gallery.sizes)[:-1])
 
 
 class Reference(NamedTuple):
-    """What images are compared with: moments, and features [m, d] where there are images."""
+    """A reference set: moments, and features [m, d] where there are images."""
 
     name: str
     moments: Moments
     features: Array | None = None
 
 
-def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) -> Seen:
+def extract_features(
+    gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None
+) -> GalleryFeatures:
     """Features, and scores where the judge has them, of every picture."""
-    features: dict[Extractor, list[Array]] = {own: [] for own in judge.spaces if not own.wide}
+    features: dict[Extractor, list[Array]] = {space: [] for space in judge.spaces if not space.wide}
     scores: list[Array] = []
-    begin = 0
+    prompts = (picture.prompt for picture in gallery.pictures)
     for rgb in load_rgb([picture.path for picture in gallery.pictures]):
-        for space, parts in features.items():
-            parts.append(space.features(rgb))
+        for space, blocks in features.items():
+            blocks.append(space.features(rgb))
         if judge.score is not None:
-            own = gallery.pictures[begin : begin + len(rgb)]
-            scores.append(judge.score(rgb, [final_text(picture.prompt) for picture in own]))
-        begin += len(rgb)
+            texts = [final_text(prompt) for prompt in islice(prompts, len(rgb))]
+            scores.append(judge.score(rgb, texts))
         on_images(len(rgb))
     spaces = tuple(
-        _by_prompt(gallery, space) if space.wide else np.concatenate(features[space])
+        _wide_features(gallery, space) if space.wide else np.concatenate(features[space])
         for space in judge.spaces
     )
-    return Seen(gallery=gallery, spaces=spaces, scores=np.concatenate(scores) if scores else None)
+    return GalleryFeatures(
+        gallery=gallery, spaces=spaces, scores=np.concatenate(scores) if scores else None
+    )
 
 
-def _by_prompt(gallery: Gallery, space: Extractor) -> Array:
+def _wide_features(gallery: Gallery, space: Extractor) -> Array:
     """[n, e], e the most pictures of a prompt: rows of different prompts are not comparable."""
     rows = np.zeros((len(gallery.pictures), max(gallery.sizes)))
     begin = 0
     for count in gallery.sizes:
-        own = gallery.pictures[begin : begin + count]
-        parts = [*load_rgb([picture.path for picture in own], batch=count)]
-        if len(parts) > 1:
-            sizes = sorted({f"{part.shape[1]}x{part.shape[2]}" for part in parts})
+        pictures = gallery.pictures[begin : begin + count]
+        rgb, *others = load_rgb([picture.path for picture in pictures], batch=count)
+        if others:
+            sizes = sorted({f"{part.shape[1]}x{part.shape[2]}" for part in (rgb, *others)})
             raise InputError(
-                f"{gallery.name}: pictures of {own[0].prompt!r:.60} are {' and '.join(sizes)} px, "
-                f"and {space.name} compares those of one size: leave it out, or sample again"
+                f"{gallery.name}: pictures of {pictures[0].prompt!r:.60} are "
+                f"{' and '.join(sizes)} px, and {space.name} compares those of one size: leave it "
+                "out, or sample again"
             )
-        features = group_features(space, parts[0])
+        features = group_features(space, rgb)
         rows[begin : begin + count, : features.shape[1]] = features
         begin += count
     return rows
@@ -109,11 +114,11 @@ def read_reference(name: str, judge: Judge, on_images: OnImages = lambda _: None
     """
     check_reference(judge)
     if name != "bundled":
-        parts: list[Array] = []
+        blocks: list[Array] = []
         for rgb in load_rgb(read_pictures(Path(name))):
-            parts.append(judge.extractor.features(rgb))
+            blocks.append(judge.extractor.features(rgb))
             on_images(len(rgb))
-        features = np.concatenate(parts)
+        features = np.concatenate(blocks)
         return Reference(name, Moments.of(features), features)
     if judge.extractor.name != SCORER:
         raise InputError(
