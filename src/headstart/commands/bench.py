@@ -30,7 +30,7 @@ _ROUNDS, _WARMUP = 20, 2
 
 _OPTIONS = f"""
     {PRESET} {STEPS}
-    --versus    time this runner too; may be repeated; default: only --runner
+    --versus NAME  time this runner too; may be repeated; default: only --runner
     {SIZE}
 """
 _TIMES = f"""
