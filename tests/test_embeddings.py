@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from headstart.checkpoint.embeddings import (
     Token,
-    beside_layers,
     describe_embedding,
     is_embedding,
+    token_keys,
     tokens_of,
 )
 from headstart.checkpoint.tensors import Checkpoint
@@ -156,4 +156,4 @@ def test_tokens_beside_layers_are_told_from_what_nobody_knows(tmp_path: Path) ->
         "text_encoder": (L,),
     }
     held = write(tmp_path / "a.safetensors", shapes, {"marked": "<embed>"})
-    assert {*beside_layers(held)} == {"bundle_emb.x.clip_l", "clip_g", "<s1>", "marked"}
+    assert {*token_keys(held)} == {"bundle_emb.x.clip_l", "clip_g", "<s1>", "marked"}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from plans import patient
 
 from headstart.errors import InputError
-from headstart.networks.grammar import BREAK, MAX_LETTERS, Span, read, taken_as_letters
+from headstart.networks.grammar import BREAK, MAX_LETTERS, Span, read, unread_sign
 from headstart.networks.prompt_style import PROMPT_STYLES, PromptStyle
 
 UP, DOWN = 1.1, 1 / 1.1
@@ -63,7 +63,7 @@ def test_comfyui_sets_the_weight_that_is_written(text: str, spans: list[Span]) -
 @patient
 @given(SIGNS, st.sampled_from(PROMPT_STYLES))
 def test_no_text_breaks_a_reader_or_loses_a_letter(text: str, style: PromptStyle) -> None:
-    taken_as_letters(text, style)
+    unread_sign(text, style)
     try:
         spans = read(text, style)
     except InputError:
@@ -96,7 +96,7 @@ def test_a_text_without_signs_is_one_span_in_every_style(text: str) -> None:
     ],
 )
 def test_plain_names_what_another_style_reads(text: str, sign: str | None) -> None:
-    assert taken_as_letters(text, "plain") == sign
+    assert unread_sign(text, "plain") == sign
 
 
 @pytest.mark.parametrize("style", PROMPT_STYLES)
@@ -107,7 +107,7 @@ def test_a_hundred_thousand_signs_are_read_or_refused(style: PromptStyle) -> Non
         *("(" * count, ")" * count, "[" + "|" * (count - 1), " " * count, "(a:" * (count // 3)),
         *("(" * (count // 2) + ")" * (count // 2 - 1), "[(a)]" * (count // 5)),
     ):
-        taken_as_letters(text, style)
+        unread_sign(text, style)
         try:
             assert len(read(text, style)) <= len(text)
         except InputError as error:

@@ -184,7 +184,9 @@ def test_a_bfloat16_convolution_in_tiles_is_rounded_once(monkeypatch: pytest.Mon
     layer, x = pack(convolution().bfloat16()), torch.randn(1, 12, 24, 24).bfloat16()
     with torch.inference_mode():
         got = layer(x)
-    assert list(packed._PACKS._held[layer.weight]) == [("tiles",)] and got.dtype == torch.bfloat16
+    assert (
+        list(packed._PACKS._layouts[layer.weight]) == [("tiles",)] and got.dtype == torch.bfloat16
+    )
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()  # type: ignore[union-attr]
     exact = nn.functional.conv2d(x.double(), weight, bias, padding=1)
     assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
@@ -201,12 +203,12 @@ def test_of_bfloat16_convolutions_those_of_much_memory_stay_direct() -> None:
 
 
 def test_layouts_go_with_their_weights() -> None:
-    held = len(packed._PACKS._held)
+    held = len(packed._PACKS._layouts)
     layer = pack(linear())
     layer(torch.randn(9, 48))
-    assert len(packed._PACKS._held) == held + 1
+    assert len(packed._PACKS._layouts) == held + 1
     del layer
-    assert len(packed._PACKS._held) == held
+    assert len(packed._PACKS._layouts) == held
 
 
 def test_a_copy_and_a_pickle_are_packed_and_hold_no_layout() -> None:
@@ -329,9 +331,9 @@ def test_packed_again_a_network_has_tiles_as_it_is_then_asked(
     monkeypatch.setattr(packed, "pays_tiles", lambda *_: True)
     layer, x = pack(convolution(), tiles=False), torch.randn(1, 12, 24, 24)
     layer(x)
-    assert ("tiles",) not in packed._PACKS._held[layer.weight]
+    assert ("tiles",) not in packed._PACKS._layouts[layer.weight]
     pack(layer)(x)
-    assert list(packed._PACKS._held[layer.weight]) == [("tiles",)]
+    assert list(packed._PACKS._layouts[layer.weight]) == [("tiles",)]
 
 
 @pytest.mark.parametrize("any_size", [True, False])

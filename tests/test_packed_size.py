@@ -49,13 +49,13 @@ def held(network: torch.nn.Module) -> tuple[int, int]:
     """Bytes of direct layouts and of those for tiles, as the weights that have them would tell."""
     direct = tiled = 0
     for weight in network.parameters():
-        for made in packed._PACKS._held.get(weight, {}).values():
-            size = made.laid_out
-            if isinstance(size, Filter):
-                tiled += size.inputs * size.outputs * 36 * 4
+        for pack in packed._PACKS._layouts.get(weight, {}).values():
+            layout = pack.layout
+            if isinstance(layout, Filter):
+                tiled += layout.inputs * layout.outputs * 36 * 4
             else:
-                assert isinstance(size, Tensor)
-                direct += weight.numel() * made.laid_out.element_size()
+                assert isinstance(layout, Tensor)
+                direct += weight.numel() * layout.element_size()
     return direct, tiled
 
 

@@ -130,9 +130,8 @@ class AdapterSet:
         replace: bool = False,
     ) -> AdapterReport:
         """See `Engine.attach`."""
-        file = read_adapter(path)
+        file, targets = read_adapter(path), self._targets(to)
         name = Path(path).stem if name is None else name
-        targets = self._targets(to)
         return self.put(name, file, strength, to=targets, allow=allow, replace=replace)
 
     def put(
@@ -159,9 +158,7 @@ class AdapterSet:
             owners = self.look().token_owners(name)
             tokens, skipped = file_tokens(self._text_encoder, file, owners, allow)
             deltas = deltas_of(resolutions, self._models, self._texts)
-            live = all(
-                isinstance(d, LowRank) for changes in deltas.values() for d in changes.values()
-            )
+            live = all(isinstance(d, LowRank) for part in deltas.values() for d in part.values())
             adapter = AttachedAdapter(
                 report=report_of(name, file, resolutions, live, tokens, skipped),
                 to=to,
@@ -295,11 +292,9 @@ class AdapterSet:
         resolutions: dict[str, Resolution] = {}
         for model in to:
             shapes = self._models[model].shapes
-            twin = next(
-                (other for other in resolutions if self._models[other].shapes == shapes), None
-            )
-            if twin is not None:
-                resolutions[model] = resolutions[twin]
+            alike = [r for name, r in resolutions.items() if self._models[name].shapes == shapes]
+            if alike:
+                resolutions[model] = alike[0]
                 continue
             networks: Any = {"unet": shapes, **texts}
             grouping, strays, match = self._matches.get(model, (None, (), None))
@@ -330,4 +325,4 @@ class AdapterSet:
 
 
 def _without(table: Mapping[str, V], name: str) -> dict[str, V]:
-    return {other: value for other, value in table.items() if other != name}
+    return {key: value for key, value in table.items() if key != name}

@@ -79,10 +79,10 @@ def cache_key(
     changes: Changes, columns: Sequence[str], layers: Sequence[nn.Module], cond: Conditioning
 ) -> CacheKey | None:
     """The key of a call with `cond`; None where a change cannot be noticed."""
-    known = _CHANGES.setdefault(changes, {})
-    on_layers = known.get(layers[0])
+    by_first = _CHANGES.setdefault(changes, {})
+    on_layers = by_first.get(layers[0])
     if on_layers is None or on_layers.layers != layers:
-        on_layers = known[layers[0]] = _LayerChanges(changes, layers)
+        on_layers = by_first[layers[0]] = _LayerChanges(changes, layers)
     tensors = on_layers.tensors()
     version = Version.of(tensors)
     strengths = _strengths(cond, [i for i, name in enumerate(columns) if name in on_layers.names])
@@ -100,9 +100,9 @@ def _strengths(cond: Conditioning, columns: Sequence[int]) -> Hashable | None:
         return ()
     if strengths is None or (strengths.requires_grad and torch.is_grad_enabled()):
         return None
-    known = cond.extra.columns(strengths) if isinstance(cond.extra, CachedExtra) else None
-    if known is not None:
-        return tuple(known[column] for column in columns)
+    numbers = cond.extra.columns(strengths) if isinstance(cond.extra, CachedExtra) else None
+    if numbers is not None:
+        return tuple(numbers[column] for column in columns)
     if strengths.device.type == "cpu" and not is_capturing():
         return tuple(map(tuple, strengths.t()[list(columns)].tolist()))  # pyright: ignore
     return id(strengths), None if strengths.is_inference() else strengths._version

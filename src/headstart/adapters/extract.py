@@ -19,7 +19,7 @@ from headstart.adapters.names import Network
 from headstart.adapters.transfer import DTYPES, check_request, open_parts
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.tensors import Part
-from headstart.convert.container import Slot, compose, in_order
+from headstart.convert.container import Slot, write
 from headstart.errors import CheckpointError, InputError
 from headstart.output import writing
 
@@ -117,7 +117,7 @@ def extract(
             factors, energy = nearest(change, rank)
             factors = factors._replace(up=strength * factors.up)
             layers.append(Captured(network, module, factors.rank, energy, square))
-            tensors |= _named(naming, prefix, module, factors, dtype)
+            tensors |= _layer_tensors(naming, prefix, module, factors, dtype)
             on_layer(module)
     if not layers:
         raise CheckpointError(f"{tuned}: expected other weights than in {base}, got the same")
@@ -168,7 +168,7 @@ def _prefix(naming: Naming, network: Network, base: Path, part: Part) -> str:
     return prefix if two or naming != "kohya" or network != "text" else "lora_te_"
 
 
-def _named(
+def _layer_tensors(
     naming: Naming, prefix: str, module: str, factors: LowRank, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The layer's tensors as the naming has them; alpha is the rank, so the scale is 1."""
@@ -188,10 +188,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _write(target: Path, tensors: Mapping[str, Tensor]) -> int:
-    slots = in_order(Slot(n, _NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items())
-    with writing(target) as partial, partial.open("xb") as file:
-        done = file.write(compose(slots, {}))
-        for slot in slots:
-            raw = tensors[slot.name].contiguous().reshape(-1).view(torch.uint8)
-            done += file.write(raw.numpy().tobytes())
-    return done
+    def pieces(slot: Slot) -> list[bytes]:
+        flat = tensors[slot.name].contiguous().reshape(-1)
+        return [flat.view(torch.uint8).numpy().tobytes()]
+
+    slots = (Slot(name, _NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
+    with writing(target) as partial:
+        return write(partial, slots, {}, pieces)

@@ -24,7 +24,7 @@ from headstart.adapters.names import AdapterForm, Network, other_family
 from headstart.adapters.peft import Peft, read_peft
 from headstart.adapters.resolution import Match, Mismatch, Resolution
 from headstart.adapters.tuners import tuners_of
-from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
+from headstart.checkpoint.embeddings import Token, token_keys, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.header import read_json
@@ -57,7 +57,7 @@ class AdapterFile:
     @property
     def strays(self) -> tuple[str, ...]:
         """Keys that no naming knows."""
-        tokens = beside_layers(self.checkpoint)
+        tokens = token_keys(self.checkpoint)
         return tuple(key for key in self.grouping.strays if key not in tokens)
 
     def resolve(self, networks: Networks, match: Match | None = None) -> Resolution:
@@ -103,14 +103,11 @@ class AdapterFile:
             g.name for g in scaled if "alpha" not in g.slots and not self.peft.has_scale(g.network)
         ]
         zero = [group.name for group in scaled if alphas.get(group.name) == 0]
-        counts = {
-            "no alpha": without if len(without) < len(scaled) else [],
-            "an alpha of 0": zero,
-        }
+        modules = {"no alpha": without if len(without) < len(scaled) else [], "an alpha of 0": zero}
         return tuple(
-            f"{len(names)} of {len(scaled)} modules have {what} (such as {names[0]:.120}): their "
+            f"{len(names)} of {len(scaled)} modules have {lack} (such as {names[0]:.120}): their "
             "scale is 1"
-            for what, names in counts.items()
+            for lack, names in modules.items()
             if names
         )
 
@@ -130,8 +127,7 @@ class AdapterFile:
         for group, layer in layers:
             if layer is None:
                 unmatched += group.slots.values()
-            elif not group.fits(networks[layer[0]][layer[1]]):
-                expected = networks[layer[0]][layer[1]]
+            elif not group.fits(expected := networks[layer[0]][layer[1]]):
                 mismatched.append(Mismatch(group.name, expected, group.sides()))
             elif layer in owners:
                 raise AdapterError(
@@ -140,17 +136,17 @@ class AdapterFile:
                 )
             else:
                 owners[layer] = group
-        self._check_found(networks, owners, mismatched)
+        self._check_matches(networks, owners, mismatched)
         return Match(owners, tuple(mismatched), tuple(unmatched))
 
     @property
     def family(self) -> str | None:
         """The lineage whose text is as wide as the adapter's cross-attention; None if unchanged."""
-        sides = (group.sides() for group in self.groups.values() if _is_cross(group))
-        widths = {each[1] for each in sides if len(each) > 1 and each[1] is not None}
+        shapes = (group.sides() for group in self.groups.values() if _is_cross(group))
+        widths = {sides[1] for sides in shapes if len(sides) > 1 and sides[1] is not None}
         return CONTEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
 
-    def _check_found(
+    def _check_matches(
         self,
         networks: Networks,
         owners: Mapping[tuple[Network, str], Group],
@@ -161,19 +157,20 @@ class AdapterFile:
         steered = any(network == "unet" for network, _ in owners)
         unet = networks.get("unet", {}).items()
         width = next((shape[-1] for name, shape in unet if _reads_text(name)), 0)
-        theirs, shown = CONTEXT_WIDTHS.get(width), ""
+        family, example = CONTEXT_WIDTHS.get(width), ""
         if cross is not None:
-            theirs, shown = CONTEXT_WIDTHS.get(cross.expected[-1], "another family"), f"{cross}; "
-        another = not steered and theirs is not None and self.family != theirs
+            family = CONTEXT_WIDTHS.get(cross.expected[-1], "another family")
+            example = f"{cross}; "
+        another = not steered and family is not None and self.family != family
         if (cross is not None or another) and self.family is not None:
             raise AdapterError(
-                f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: "
-                f"{shown}attach it to a model of {self.family}"
+                f"{self.path}: expected an adapter for {family}, got one for {self.family}: "
+                f"{example}attach it to a model of {self.family}"
             )
-        if not steered and (other := other_family(self.groups)):
+        if not steered and (foreign := other_family(self.groups)):
             raise AdapterError(
-                f"{self.path}: expected an adapter for {where}, got one for {other}, which is not "
-                "of the UNet family: attach it to a network of its own family"
+                f"{self.path}: expected an adapter for {where}, got one for {foreign}, which is "
+                "not of the UNet family: attach it to a network of its own family"
             )
         if not owners:
             example = next(iter(self.groups.values())).name
@@ -208,9 +205,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
     try:
         grouping = group_keys(layout)
-        peft = read_peft(
-            checkpoint.metadata, config_json if _is_peft(grouping.groups) else {}, path
-        )
+        settings = config_json if _is_peft(grouping.groups) else {}
+        peft = read_peft(checkpoint.metadata, settings, path)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     groups, strays = grouping
@@ -238,7 +234,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 def _tokens(path: Path, checkpoint: Checkpoint) -> tuple[tuple[Token, ...], str | None]:
     """The learned tokens beside the layers, or why they cannot be used."""
-    keys = beside_layers(checkpoint)
+    keys = token_keys(checkpoint)
     try:
         return (tokens_of(path, checkpoint, keys=keys), None) if keys else ((), None)
     except CheckpointError as error:

@@ -7,7 +7,7 @@ LyCORIS' `scalar`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
@@ -101,8 +101,7 @@ class Group:
         needed = self.slots.keys() - ({"alpha"} - self.kind.operands.keys())
         tensors = {slot: self._tensor(checkpoint, slot) for slot in self.slots if slot in needed}
         operands = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
-        for each in self.kind.value_agreements(operands, layer):
-            _check_agreement(self.name, each)
+        _check_agreements(self.name, self.kind.value_agreements(operands, layer))
         scale, magnitude = self._scale(tensors, peft, alpha), self._magnitude(tensors, layer)
         if self.kind is WHOLE:
             bias = operands.pop("bias", None)
@@ -158,8 +157,8 @@ class Group:
         bias = tensors.get("diff_b")
         if "up_bias" not in tensors:
             return bias
-        more = tensors["up_bias"].float() * scale
-        return more if bias is None else more + bias.float()
+        added = tensors["up_bias"].float() * scale
+        return added if bias is None else added + bias.float()
 
     def _magnitude(self, tensors: Mapping[str, Tensor], layer: Shape) -> Tensor | None:
         """DoRA's m in a shape that broadcasts: PEFT's is of rows, LyCORIS' of rows or columns.
@@ -187,22 +186,21 @@ def _group(key: Key, entries: Mapping[str, TensorEntry], forms: frozenset[Adapte
     name = key.name
     slots = {slot: entry.name for slot, entry in entries.items()}
     shapes = {slot: entry.shape for slot, entry in entries.items()}
-    kinds, listed = kinds_of(shapes), ", ".join(sorted(slots))
+    kinds, operands = kinds_of(shapes), ", ".join(sorted(slots))
     if not kinds:
-        _bad(name, "a change too (the file is torn)", listed)
+        _bad(name, "a change too (the file is torn)", operands)
     if len(kinds) > 1:
         titles = " and ".join(kind.title for kind in kinds)
-        _bad(name, f"one way to change its weight, not {titles}", listed)
+        _bad(name, f"one way to change its weight, not {titles}", operands)
     (kind,) = kinds
     if odd := next(conflicting_operands(kind, slots), None):
         alone = f"{kind.title} alone, because {kind.title} with {odd} is not implemented"
-        _bad(name, "one way to change its weight" if odd in kind.operands else alone, listed)
+        _bad(name, "one way to change its weight" if odd in kind.operands else alone, operands)
     for slot, entry in entries.items():
         _check(kind, slot, entry)
     if missing := next(missing_operands(kind, slots), None):
-        _bad(name, f"{missing} too (the file is torn)", listed)
-    for each in kind.agreements(shapes):
-        _check_agreement(name, each)
+        _bad(name, f"{missing} too (the file is torn)", operands)
+    _check_agreements(name, kind.agreements(shapes))
     return Group(name, key.network, key.module, kind, slots, shapes, forms)
 
 
@@ -276,10 +274,11 @@ def _number(tensor: Tensor) -> float:
     return float(tensor.flatten()[0])
 
 
-def _check_agreement(name: str, each: Agreement) -> None:
-    if each.expected != each.actual:
-        _bad(name, f"{each.what} {each.expected}", each.actual)
+def _check_agreements(name: str, agreements: Iterable[Agreement]) -> None:
+    for what, expected, actual in agreements:
+        if expected != actual:
+            _bad(name, f"{what} {expected}", actual)
 
 
-def _bad(what: str, expected: str, actual: object) -> NoReturn:
-    raise AdapterError(f"{what}: expected {expected}, got {actual!r:.120}")
+def _bad(name: str, expected: str, actual: object) -> NoReturn:
+    raise AdapterError(f"{name}: expected {expected}, got {actual!r:.120}")

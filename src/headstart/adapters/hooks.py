@@ -228,13 +228,12 @@ class Host:
     def dtypes(self) -> dict[str, torch.dtype]:
         """What each layer computes in. A network that casts weights at use declares it."""
         declared = getattr(self.module, "compute_dtype", None)
-        known = declared if isinstance(declared, torch.dtype) else None
-        stored = {path: layer.weight.dtype for path, layer in self.layers.items()}
+        if isinstance(declared, torch.dtype):
+            return dict.fromkeys(self.layers, declared)
         # Nothing computes in 8 bits: such weights are cast to the network's own dtype.
         wide = getattr(self.module, "dtype", torch.float32)
-        return {
-            path: known or (dtype if dtype.itemsize > 1 else wide) for path, dtype in stored.items()
-        }
+        dtypes = {path: layer.weight.dtype for path, layer in self.layers.items()}
+        return {path: dtype if dtype.itemsize > 1 else wide for path, dtype in dtypes.items()}
 
     def hooks(self, path: str) -> LayerHooks:
         return self._hooks[path]
@@ -260,10 +259,9 @@ class Host:
                 hooks.unhook()
         if self._hooked():
             return
-        if self._entry is not None:
-            self._entry.remove()
-        if self._exit is not None:
-            self._exit.remove()
+        for handle in (self._entry, self._exit):
+            if handle is not None:
+                handle.remove()
         self._entry = self._exit = None
         if vars(self.module).get("current_adapters") == self.current:
             del vars(self.module)["current_adapters"]

@@ -27,15 +27,14 @@ diff_b                  a change of the bias
 ONE_NUMBER = frozenset({"alpha", "scalar", "on_input", "scaled_oft"})
 SWITCHES = frozenset({"on_input", "scaled_oft"})
 """Operands that are 0 or 1, in any dtype."""
-_ALPHA_ALONE = frozenset({"alpha"})
 
 
 def kinds_of(shapes: Shapes) -> list[Kind]:
     """The kinds with some of these operands; a sound file has one. A bias alone is a full
     difference; OFT and BOFT have the same operand, in 3 and 4 dimensions."""
     operands = shapes.keys() - MODIFIERS.keys()
-    other = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
-    kinds = [kind for kind in KINDS if operands & kind.operands.keys() and kind is not other]
+    excluded = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
+    kinds = [kind for kind in KINDS if operands & kind.operands.keys() and kind is not excluded]
     return kinds or [FULL] * ("diff_b" in shapes)
 
 
@@ -48,9 +47,9 @@ def missing_operands(kind: Kind, operands: Collection[str]) -> Iterator[str]:
     for ways in kind.parts:
         way = next((way for way in ways if set(way) & set(operands)), ways[-1])
         yield from (operand for operand in way if operand not in operands)
-    for operand, other in kind.needs.items():
-        if operand in operands and other not in operands:
-            yield other
+    for operand, needed in kind.needs.items():
+        if operand in operands and needed not in operands:
+            yield needed
 
 
 def conflicting_operands(kind: Kind, operands: Collection[str]) -> Iterator[str]:
@@ -58,8 +57,8 @@ def conflicting_operands(kind: Kind, operands: Collection[str]) -> Iterator[str]
     for ways in kind.parts:
         present = [way for way in ways if set(way) & set(operands)]
         yield from (operand for way in present[1:] for operand in way if operand in operands)
-    known = kind.operands.keys() | kind.modifiers | _ALPHA_ALONE
-    yield from (operand for operand in operands if operand not in known)
+    allowed = kind.operands.keys() | kind.modifiers | {"alpha"}
+    yield from (operand for operand in operands if operand not in allowed)
     if {"dora_scale", "magnitude"} <= set(operands):
         yield "magnitude"
 

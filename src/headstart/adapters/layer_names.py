@@ -62,10 +62,10 @@ def _candidates(name: str, tables: Mapping[Network, Mapping[str, Iterable[str]]]
     """The layers that `name`, a module as a file spells it, can be; `tables`: see `_spellings`."""
     layers: dict[LayerKey, None] = {
         (network, module): None
-        for prefix, rest in name_readings(name)
+        for prefix, bare in name_readings(name)
         for network, table in tables.items()
         if prefix in (None, network)
-        for module in table.get(rest, ())
+        for module in table.get(bare, ())
     }
     return list(layers)
 
@@ -87,9 +87,9 @@ def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...
     table: dict[str, tuple[str, ...]] = {}
     for spelling, module in pairs:
         for name in {spelling, spelling.replace(".", "_")}:
-            known = table.get(name, ())
-            if module not in known:
-                table[name] = (*known, module)
+            candidates = table.get(name, ())
+            if module not in candidates:
+                table[name] = (*candidates, module)
     return table
 
 

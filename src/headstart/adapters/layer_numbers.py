@@ -17,7 +17,7 @@ from headstart.errors import AdapterError
 _NAME = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,3})")
 _NETWORKS: Mapping[str, Network] = {"unet": "unet", "text_encoder": "text"}
 
-# The places that count, in their order, and then the layer there.
+# The groups that count, in their order, and then the layer.
 _SIDES = {"down": 0, "up": 1, "mid": 2, None: 0}
 _BLOCK = re.compile(
     r"(down|up|mid)_blocks?\.(?:([0-9]{1,3})\.)?attentions\.([0-9]{1,3})"
@@ -60,9 +60,7 @@ def layers_by_number(
         }
         if numbered and network in networks:
             layers = _best_order(numbered, network, networks[network])
-            layer_of |= {
-                numbered[number].name: (network, layer) for number, layer in layers.items()
-            }
+            layer_of |= {numbered[n].name: (network, layer) for n, layer in layers.items()}
     return layer_of
 
 
@@ -95,7 +93,7 @@ def _walk(layers: Iterable[str], pattern: re.Pattern[str], leaves: tuple[str, ..
     keys: list[tuple[list[int], int, str]] = []
     for layer in layers:
         if (match := pattern.fullmatch(layer)) and match[match.re.groups] in leaves:
-            *places, leaf = match.groups()
-            numbers = [_SIDES[p] if p in _SIDES else int(p) for p in places]
+            *parts, leaf = match.groups()
+            numbers = [_SIDES[part] if part in _SIDES else int(part) for part in parts]
             keys.append((numbers, leaves.index(leaf), layer))
     return [layer for *_, layer in sorted(keys)]

@@ -75,16 +75,16 @@ class MergedWeights(nn.Module):
     @torch.inference_mode(False)
     def copy(self) -> MergedWeights:
         """The same weights in memory of their own."""
-        other = MergedWeights(self.layers, self.dtypes, {})
-        other.by_path = {
+        merged = MergedWeights(self.layers, self.dtypes, {})
+        merged.by_path = {
             path: Weights(
                 weights.weight.clone(), None if weights.bias is None else weights.bias.clone()
             )
             for path, weights in self.by_path.items()
         }
-        other.sums = self.sums
-        other.tensors = _parameters(other.by_path)
-        return other
+        merged.sums = self.sums
+        merged.tensors = _parameters(merged.by_path)
+        return merged
 
 
 def _paths(sums: Sums) -> list[str]:
@@ -115,9 +115,9 @@ def _sum(layer: Layer, dtype: torch.dtype, path: str, sums: Sums) -> Weights:
         change = delta.weight() if isinstance(delta, LowRank) else delta.change(pristine)
         change = change if strength == 1 else change.mul_(strength)
         weight = change.to(weight.device).add_(weight)
-        if (more := _bias(delta)) is not None:
-            more = strength * more.to(weight)
-            bias = more if bias is None else bias + more
+        if (added := _bias(delta)) is not None:
+            added = strength * added.to(weight)
+            bias = added if bias is None else bias + added
     bias = None if bias is None else bias.to(dtype, copy=True)
     return Weights(weight.to(dtype, copy=weight is pristine), bias)
 

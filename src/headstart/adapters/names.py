@@ -160,8 +160,8 @@ Reading: TypeAlias = "tuple[Network | None, str]"
 def name_readings(spelling: str) -> tuple[Reading, ...]:
     """`readings` of a module's name, without those of other kinds of network."""
     return tuple(
-        (network, rest)
-        for network, rest in readings(spelling)
+        (network, module)
+        for network, module in readings(spelling)
         if network is None or network == "unet" or network == "text" or network == "text_2"
     )
 
@@ -174,13 +174,13 @@ def _guess_network(spelling: str) -> Reading:
     """
     readings = name_readings(spelling)
     for networks, heads in _HEADS:
-        for network, rest in readings:
-            if network in (None, *networks) and heads.match(rest):
-                return network or ("unet" if networks == ("unet",) else None), rest
+        for network, module in readings:
+            if network in (None, *networks) and heads.match(module):
+                return network or ("unet" if networks == ("unet",) else None), module
     return max(readings, key=lambda reading: (reading[0] is not None, -len(reading[1])))
 
 
-_OTHERS = (
+_FOREIGN = (
     (re.compile(r"(^|[._])(double|single)_(stream_)?blocks[._]|single_transformer_blocks"), "Flux"),
     (re.compile(r"(^|[._])joint_blocks[._]|(^|[._])attn[._](to_)?add_[qkv]_proj"), "SD3"),
     (re.compile(r"(^|[._])blocks[._][0-9]+[._](self|cross)_attn[._]"), "Wan"),
@@ -194,7 +194,7 @@ def other_family(names: Iterable[str]) -> str | None:
     """The family that has modules of these names, with the word that shows it: "Flux
     (double_blocks)"; None where no family here has them."""
     for name in names:
-        for pattern, family in _OTHERS:
+        for pattern, family in _FOREIGN:
             if match := pattern.search(name):
                 return f"{family} ({match[0].strip('._')})"
     return None

@@ -68,18 +68,16 @@ class Resolution:
         `lora_te_*`, or `*` for everything. Raises AdapterError that counts the others, with
         examples; `mismatched` and `unmatched` have all names.
         """
-        misshapen = [each for each in self.mismatched if not is_allowed(each.name, allow)]
+        misshapen = [m for m in self.mismatched if not is_allowed(m.name, allow)]
         unknown = [name for name in self.unmatched if not is_allowed(name, allow)]
-        problems: dict[str, list[str]] = {"of another shape": [str(each) for each in misshapen]}
+        problems: dict[str, list[str]] = {"of another shape": [*map(str, misshapen)]}
         for name in unknown:
             tuner = tuner_of(name)
             reason = f"of {tuner}, which is not implemented" if tuner else why_unmatched(name)
             problems.setdefault(reason, []).append(name)
-        lines = [
-            f"{len(names)} {why}: {first_few(names)}" for why, names in problems.items() if names
-        ]
+        lines = [f"{len(n)} {why}: {first_few(n)}" for why, n in problems.items() if n]
         if lines:
-            patterns = _patterns([each.name for each in misshapen] + unknown)
+            patterns = _patterns([mismatch.name for mismatch in misshapen] + unknown)
             raise AdapterError(
                 f"{len(self.matched)} keys of the adapter ({self.form.value}) fit, but "
                 f"{'; '.join(lines[:5])}. Attach it to the network it was made for, or let these "

@@ -75,12 +75,12 @@ def _oft(t: Tensors, weight: Tensor) -> Tensor:
 def _boft(t: Tensors, weight: Tensor) -> Tensor:
     rotations = _blocks(t, len(weight)).to(weight)
     _, count, size, _ = rotations.shape
-    rotated, rest = weight, weight.shape[1:]
+    rotated, inner = weight, weight.shape[1:]
     for stage, rotation in enumerate(rotations):
         half = 2**stage * size // 2  # rows that far apart become neighbours
-        near = rotated.reshape(-1, 2, half, *rest).transpose(1, 2).reshape(count, size, *rest)
+        near = rotated.reshape(-1, 2, half, *inner).transpose(1, 2).reshape(count, size, *inner)
         near = torch.einsum("bij,bj...->bi...", rotation, near)
-        rotated = near.reshape(-1, half, 2, *rest).transpose(1, 2).reshape(weight.shape)
+        rotated = near.reshape(-1, half, 2, *inner).transpose(1, 2).reshape(weight.shape)
     return _rescaled(rotated, t) - weight
 
 
@@ -90,8 +90,8 @@ def _rows_sides(shapes: Shapes) -> Sides:
 
 
 def _oft_agreements(shapes: Shapes) -> Iterator[Agreement]:
-    *stages, count, size, other = shapes["oft_blocks"]
-    yield Agreement("square blocks", size, other)
+    *stages, count, size, columns = shapes["oft_blocks"]
+    yield Agreement("square blocks", size, columns)
     if "rescale" in shapes:
         yield Agreement("a rescale of", count * size, math.prod(shapes["rescale"]))
     if stages:
@@ -142,9 +142,9 @@ def _series(skew: Tensor, terms: int, last: float) -> Tensor:
     since the last one counts once."""
     terms = 4 if terms == 3 and last == 1 else terms
     total = power = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
-    for at in range(1, terms):
+    for term in range(1, terms):
         power = power @ skew
-        total = total + (last if at == terms - 1 > 1 else 2.0) * power
+        total = total + (last if term == terms - 1 > 1 else 2.0) * power
     return total
 
 

@@ -58,11 +58,10 @@ class Slot(nn.Module):
         self.scale.fill_(delta.scale)
 
     def copy(self) -> Slot:
-        other = Slot(self.down, 0, self.down.dtype)
-        other.down, other.up, other.scale = (
-            tensor.clone() for tensor in (self.down, self.up, self.scale)
-        )
-        return other
+        slot = Slot(self.down, 0, self.down.dtype)
+        slot.down, slot.up = self.down.clone(), self.up.clone()
+        slot.scale = self.scale.clone()
+        return slot
 
     def add_to(self, y: Tensor, x: Tensor, layer: Matrix, strength: Tensor) -> None:
         """y += strength*scale*up(down(x)), in place."""

@@ -150,8 +150,8 @@ class Snapshot:
 
     def token_owners(self, name: str) -> dict[str, str]:
         """Token -> the adapter that has it, leaving out the adapter of this name."""
-        others = [adapter for adapter in self if adapter.name != name]
-        return {token.token: adapter.name for adapter in others for token in adapter.tokens}
+        adapters = [adapter for adapter in self if adapter.name != name]
+        return {token.token: adapter.name for adapter in adapters for token in adapter.tokens}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -246,11 +246,11 @@ class Snapshot:
         return files_of
 
     def _check_plan(self, table: StepTable) -> None:
-        named = sorted({name for step in table for name, _ in step.adapters})
-        attached = {name: self.attached[name] for name in named if name in self.attached}
+        planned = sorted({name for step in table for name, _ in step.adapters})
+        attached = {name: self.attached[name] for name in planned if name in self.attached}
         for names, why in (
             (
-                [name for name in named if name not in attached],
+                [name for name in planned if name not in attached],
                 f": attached are {', '.join(map(repr, self.attached)) or 'none'}",
             ),
             (
@@ -269,8 +269,8 @@ class Snapshot:
 
     def _grid(self, name: str, strength: Strength, table: StepTable, batch: int) -> Any:
         to = self.attached[name].to
-        here = np.array([step.model in to for step in table], dtype=np.float64)
-        return (strength.grid(name, table, batch) * here[:, None]).astype(np.float32)
+        on_model = np.array([step.model in to for step in table], dtype=np.float64)
+        return (strength.grid(name, table, batch) * on_model[:, None]).astype(np.float32)
 
 
 def from_deltas(network: nn.Module, name: str, deltas: Mapping[str, LowRank]) -> Snapshot:
@@ -284,10 +284,10 @@ def check_models(
     name: str, to: tuple[str, ...], strength: Strength, models: tuple[str, ...]
 ) -> None:
     """Raises InputError for a strength on models that are not here: it would change nothing."""
-    wanted = models if strength.models is None else strength.models
-    if set(wanted) - set(models) or (strength.models and not set(wanted) & set(to)):
+    acting = models if strength.models is None else strength.models
+    if set(acting) - set(models) or (strength.models and not set(acting) & set(to)):
         raise InputError(
-            f"adapter {name!r} is to act on {', '.join(map(repr, wanted))}: it is attached to "
+            f"adapter {name!r} is to act on {', '.join(map(repr, acting))}: it is attached to "
             f"{', '.join(map(repr, to))}, and this engine has {', '.join(map(repr, models))}"
         )
 

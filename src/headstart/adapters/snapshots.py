@@ -22,7 +22,7 @@ class Snapshots:
 
     def __init__(self, models: Iterable[str], text_encoder: ClipText | None = None) -> None:
         self._current = Snapshot(tuple(models), text_encoder=text_encoder)
-        self._taken: list[weakref.ref[Snapshot]] = []
+        self._references: list[weakref.ref[Snapshot]] = []
         self._hosts: weakref.WeakSet[Host] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._stale = False
@@ -36,8 +36,8 @@ class Snapshots:
         """The current snapshot, which stays valid for as long as the caller keeps it."""
         with self._lock:
             snapshot = copy(self._current)
-            self._taken = [other for other in self._taken if other() is not None]
-            self._taken.append(weakref.ref(snapshot))
+            self._references = [ref for ref in self._references if ref() is not None]
+            self._references.append(weakref.ref(snapshot))
             if self._stale:
                 self._unhook()
         return snapshot
@@ -77,12 +77,11 @@ class Snapshots:
             self._unhook()
 
     def _in_use(self) -> list[Snapshot]:
-        return [snapshot for ref in self._taken if (snapshot := ref()) is not None]
+        return [snapshot for ref in self._references if (snapshot := ref()) is not None]
 
     def _unhook(self) -> None:
-        needed: set[LayerHooks] = {*self._current.changes.layers}
-        for snapshot in self._in_use():
-            needed |= snapshot.changes.layers
+        snapshots = (self._current, *self._in_use())
+        needed = set[LayerHooks]().union(*(snapshot.changes.layers for snapshot in snapshots))
         for host in self._hosts:
             host.unhook(needed)
         self._stale = needed != self._current.changes.layers

@@ -147,7 +147,7 @@ def parse_strengths(text: str) -> tuple[float, ...]:
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
-def _numbers(what: str, value: object) -> Any:
+def _numbers(field: str, value: object) -> Any:
     """Finite floats, in tuples where there is more than one."""
     try:
         if isinstance(value, Mapping | str | bytes) or value is None:
@@ -155,11 +155,11 @@ def _numbers(what: str, value: object) -> Any:
         numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(
-            f"strength: {what} is a number, one for each sample, or rows of them (or use "
+            f"strength: {field} is a number, one for each sample, or rows of them (or use "
             f"headstart.Strength); got {value!r:.80}"
         ) from None
     if numbers.ndim > 2 or not numbers.size or not np.isfinite(numbers).all():
-        raise InputError(f"strength: expected finite numbers for {what}, got {value!r:.80}")
+        raise InputError(f"strength: expected finite numbers for {field}, got {value!r:.80}")
     return tuples(numbers)
 
 
@@ -168,12 +168,12 @@ def tuples(values: Array) -> Any:
     return tuple(map(tuples, values)) if values.ndim else float(values)
 
 
-def _check_count(name: str, what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
+def _check_count(name: str, axis: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
     """The values as an array. Raises InputError unless they are one number or of this shape."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim and array.shape != shape:
         raise InputError(
-            f"adapter {name!r} has strengths for {list(array.shape)} {what}, this run has "
+            f"adapter {name!r} has strengths for {list(array.shape)} {axis}, this run has "
             f"{list(shape)}: give one number, or as many as the run has"
         )
     return array

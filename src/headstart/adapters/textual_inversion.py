@@ -16,8 +16,8 @@ from headstart.adapters.group import all_finite
 from headstart.checkpoint.embeddings import (
     Encoder,
     Token,
-    beside_layers,
     family_of_widths,
+    token_keys,
     tokens_of,
 )
 from headstart.checkpoint.tensors import Checkpoint
@@ -61,7 +61,7 @@ def read_embeddings(path: str | Path, token: str | None = None) -> tuple[Embeddi
     try:
         checkpoint = Checkpoint.open(path)
         verdict = judge(path, checkpoint)
-        keys = beside_layers(checkpoint) if verdict.what == ADAPTER else None
+        keys = token_keys(checkpoint) if verdict.what == ADAPTER else None
         if verdict.embedding is None and not keys:
             if verdict.problem not in (None, NO_NETWORK):
                 raise AdapterError(f"{path}: {verdict.problem}")
@@ -80,10 +80,7 @@ def embeddings_of(
     return tuple(
         Embedding(
             token.name,
-            {
-                encoder: _vectors(path, checkpoint, key, token.row)
-                for encoder, key in token.keys.items()
-            },
+            {e: _vectors(path, checkpoint, key, token.row) for e, key in token.keys.items()},
         )
         for token in tokens
     )
@@ -117,12 +114,8 @@ def with_embeddings(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText
 def why_incompatible(text: ClipText, embedding: Embedding) -> str | None:
     """Why these vectors do not fit these encoders; None where they do."""
     towers = [tower for tower in text.towers if isinstance(tower, Tower)]
-    widths: dict[Encoder, int] = {
-        name: tower.params.width for name, tower in zip(_NAMES, towers, strict=False)
-    }
-    actual: dict[Encoder, int] = {
-        name: vectors.shape[1] for name, vectors in embedding.vectors.items()
-    }
+    widths: dict[Encoder, int] = {n: t.params.width for n, t in zip(_NAMES, towers, strict=False)}
+    actual: dict[Encoder, int] = {n: rows.shape[1] for n, rows in embedding.vectors.items()}
     if actual == widths:
         return None
     token = f"the token {embedding.token!r:.80}"
@@ -181,20 +174,19 @@ def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
 def _pair_by_token(embeddings: Iterable[Embedding]) -> list[Embedding]:
     by_token: dict[str, Embedding] = {}
     for embedding in embeddings:
-        other, token = by_token.get(embedding.token), f"the token {embedding.token!r:.80}"
-        if other is None:
+        first, token = by_token.get(embedding.token), f"the token {embedding.token!r:.80}"
+        if first is None:
             by_token[embedding.token] = embedding
             continue
-        if other.vectors.keys() & embedding.vectors.keys():
+        if first.vectors.keys() & embedding.vectors.keys():
             raise AdapterError(f"{token} is given twice: rename one of them, as in FILE:TOKEN")
-        if other.count != embedding.count:
+        if first.count != embedding.count:
             raise AdapterError(
                 f"{token}: expected as many vectors for each of SDXL's encoders, got "
-                f"{other.count} and {embedding.count}: the files are of different trainings"
+                f"{first.count} and {embedding.count}: the files are of different trainings"
             )
-        by_token[embedding.token] = replace(
-            embedding, vectors={**other.vectors, **embedding.vectors}
-        )
+        vectors = {**first.vectors, **embedding.vectors}
+        by_token[embedding.token] = replace(embedding, vectors=vectors)
     return [*by_token.values()]
 
 

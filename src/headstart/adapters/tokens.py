@@ -15,7 +15,7 @@ from headstart.adapters.textual_inversion import (
     why_incompatible,
     with_embeddings,
 )
-from headstart.checkpoint.embeddings import beside_layers
+from headstart.checkpoint.embeddings import token_keys
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.errors import AdapterError
 from headstart.networks.text import ClipText
@@ -33,7 +33,7 @@ def file_tokens(
     for a token that cannot be used and is not allowed.
     """
     if file.tokens_problem is not None:
-        keys = beside_layers(file.checkpoint)
+        keys = token_keys(file.checkpoint)
         return (), _require_allowed(keys, allow, file.tokens_problem)
     usable: list[Embedding] = []
     skipped: list[str] = []
@@ -85,6 +85,6 @@ def _why_unusable(
 def _require_allowed(keys: tuple[str, ...], allow: Collection[str], why: str) -> tuple[str, ...]:
     if all(is_allowed(key, allow) for key in keys):
         return keys
-    shown = [f"{key:.100}" for key in keys[:2]]
-    options = " ".join(f"--allow {key!r}" for key in shown)
-    raise AdapterError(f"{why}. To attach it without: allow={shown}, or {options}")
+    examples = [f"{key:.100}" for key in keys[:2]]
+    options = " ".join(f"--allow {key!r}" for key in examples)
+    raise AdapterError(f"{why}. To attach it without: allow={examples}, or {options}")

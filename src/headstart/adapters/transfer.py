@@ -22,7 +22,7 @@ from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.tensors import Checkpoint, Part
-from headstart.convert.container import Slot, compose, in_order
+from headstart.convert.container import Slot, write
 from headstart.errors import CheckpointError, InputError
 from headstart.output import check_file, writing
 
@@ -96,17 +96,18 @@ def transfer(
         n for first, _, last in trios.values() for n in last.shapes if n not in first.shapes
     )
     squares = {part: [0.0, 0.0] for part in parts}
-    slots = in_order(Slot(name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
-    with writing(target) as partial, partial.open("xb") as file:
-        done = file.write(compose(slots, _metadata(checkpoint, strength, parts)))
-        for slot in slots:
-            for part, name in names_of.get(slot.name, ()):
-                for raw in _changed(part, trios[part], name, strength, squares[part]):
-                    done += file.write(raw)
-            if slot.name not in names_of:
-                for raw in _chunks(checkpoint.tensor(slot.name)):
-                    done += file.write(raw.view(torch.uint8).numpy().tobytes())
-            on_bytes(done)
+
+    def pieces(slot: Slot) -> Iterator[bytes]:
+        for part, name in names_of.get(slot.name, ()):
+            yield from _changed(part, trios[part], name, strength, squares[part])
+        if slot.name not in names_of:
+            for chunk in _chunks(checkpoint.tensor(slot.name)):
+                yield chunk.view(torch.uint8).numpy().tobytes()
+
+    slots = [Slot(name, *checkpoint.entry(name)[:2]) for name in checkpoint.names]
+    metadata = _metadata(checkpoint, strength, parts)
+    with writing(target) as partial:
+        size_bytes = write(partial, slots, metadata, pieces, on_bytes)
     return Transfer(
         target=str(target),
         strength=strength,
@@ -116,7 +117,7 @@ def transfer(
         relative={
             p: math.sqrt(top / bottom) if bottom else 0.0 for p, (top, bottom) in squares.items()
         },
-        size_bytes=done,
+        size_bytes=size_bytes,
     )
 
 
@@ -126,8 +127,8 @@ def _changed(
     """The bytes of the new tensor; adds to `squares`, the sums of the change's and of D's."""
     source = trio[2].sources[name]
     dtype = DTYPES[trio[2].checkpoint.entry(source.name).dtype]
-    whole = (part.tensor(name) for part in trio)
-    flat = (_chunks(tensor.T if source.op == "transpose" else tensor) for tensor in whole)
+    tensors = (part.tensor(name) for part in trio)
+    flat = (_chunks(tensor.T if source.op == "transpose" else tensor) for tensor in tensors)
     for chunks in zip(*flat, strict=True):
         b, t, d = (chunk.double() for chunk in chunks)
         added = strength * (t - b)

@@ -127,7 +127,7 @@ def is_embedding(checkpoint: Checkpoint) -> bool:
     )
 
 
-def beside_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
+def token_keys(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The keys of tokens in a LoRA's file.
 
     Bundled ones; ai-toolkit's, as in a file of their own; cloneofsimo's, which the metadata or

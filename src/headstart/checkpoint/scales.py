@@ -60,7 +60,7 @@ LAYERS = "_quantization_metadata"
 """Metadata with ComfyUI's description of each layer."""
 _MARKER, _DESCRIPTION, _ORDER = "scaled_fp8", ".comfy_quant", ".weight_format"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
-_BESIDE = (_DESCRIPTION, _ORDER, ".scale_input", ".input_scale", ".output_scale")
+_COMPANIONS = (_DESCRIPTION, _ORDER, ".scale_input", ".input_scale", ".output_scale")
 """Scales of inputs and outputs only matter for rounding activations, not for weights."""
 _FIX = "take a release in F16, BF16 or F32, or in eight bits with one scale a tensor or a row"
 
@@ -81,7 +81,7 @@ _UNSUPPORTED = (
 
 _LAST_WORDS = {ending.rpartition(".")[2] for ending, _ in _UNSUPPORTED} | {
     *(rule.scale.rpartition(".")[2] for rule in _RULES),
-    *(ending[1:] for ending in _BESIDE),
+    *(ending[1:] for ending in _COMPANIONS),
     _MARKER,
 }
 """Last components of names that only files with scales have."""
@@ -141,7 +141,7 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
             renamed[weight] = ours
         dtype = "int8" if entries[weight].dtype == "I8" else "float8"
         schemes[f"{dtype} with a scale for each weight ({rule.scheme})"] = None
-    beside = _beside(path, entries, of, read)
+    companions = _companions(path, entries, of, read)
     _check_descriptions(path, entries, metadata, of, read)
     if of and (bare := [n for n in entries if _needs_scale(n, entries[n]) and n not in of]):
         fail(path, f"{next(iter(schemes))}, and {len(bare)} weights have none, such as "
@@ -151,7 +151,7 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
         of={renamed.get(weight, weight): scale for weight, scale in of.items()},
         renamed=renamed,
         stored={ours: name for name, ours in renamed.items()},
-        dropped=frozenset(beside | {scale.name for scale in of.values()}),
+        dropped=frozenset(companions | {scale.name for scale in of.values()}),
     )
 
 
@@ -203,12 +203,12 @@ def _check_pair(path: Path, name: str, scale: Entry, weight: str, entries: Entri
              )  # fmt: skip
 
 
-def _beside(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -> set[str]:
+def _companions(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -> set[str]:
     """Names of markers, descriptions and activation scales beside scaled weights."""
     leads = {""} | {name[: at + 1] for name in of for at, sign in enumerate(name) if sign == "."}
-    beside: set[str] = set()
+    companions: set[str] = set()
     for name, entry in entries.items():
-        ending = next((end for end in _BESIDE if name.endswith(end)), None)
+        ending = next((end for end in _COMPANIONS if name.endswith(end)), None)
         if name.rpartition(".")[2] == _MARKER:
             if not of or name.removesuffix(_MARKER) not in leads:
                 fail(path, f"{name[:120]!r} says that weights are float8 with scales (ComfyUI), "
@@ -226,8 +226,8 @@ def _beside(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -
                            f"which is not read: {_FIX}")  # fmt: skip
         else:
             continue
-        beside.add(name)
-    return beside
+        companions.add(name)
+    return companions
 
 
 def _check_descriptions(

@@ -1,4 +1,4 @@
-"""The header of a new safetensors file, from names, dtypes and shapes.
+"""A new safetensors file, from names, dtypes and shapes, and then tensor by tensor.
 
 file = u64le(n) ++ json[n] ++ data       n is a multiple of 8, so every tensor is aligned
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from headstart.checkpoint.header import DTYPE_BITS
@@ -28,6 +29,27 @@ class Slot(NamedTuple):
 def in_order(slots: Iterable[Slot]) -> list[Slot]:
     """The order of the tensors in a file: wide dtypes first, then by name, as safetensors does."""
     return sorted(slots, key=lambda slot: (-DTYPE_BITS[slot.dtype], slot.name))
+
+
+def write(
+    target: Path,
+    slots: Iterable[Slot],
+    metadata: Mapping[str, str],
+    pieces: Callable[[Slot], Iterable[bytes | memoryview]],
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> int:
+    """Write the file `target`, which must be new; returns its size.
+
+    pieces    the bytes of a tensor, one piece after the other
+    on_bytes  called after each tensor with the number of bytes written so far
+    """
+    slots = in_order(slots)
+    with target.open("xb") as file:
+        size_bytes = file.write(compose(slots, metadata))
+        for slot in slots:
+            size_bytes += sum(map(file.write, pieces(slot)))
+            on_bytes(size_bytes)
+    return size_bytes
 
 
 def compose(slots: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:

@@ -22,15 +22,15 @@ from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.scales import LAYERS
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.convert import pickle_file
-from headstart.convert.container import compose, in_order
+from headstart.convert.container import write
 from headstart.convert.relayout import (
     LAYOUTS,
     Layout,
     NewTensor,
     as_stored,
-    left_out,
     piece,
     to_layout,
+    unused_names,
 )
 from headstart.errors import CheckpointError, InputError
 from headstart.lazy import Array, np
@@ -93,34 +93,33 @@ def convert(
     source, target = Path(source), Path(target)
     _check_request(source, target, layout, dtype, part, overwrite)
     pickle = None if source.is_dir() else pickle_file.format_of(source)
-    as_it_is = layout == "same" and dtype == "same" and part is None
-    left: list[str] = []
+    unchanged = layout == "same" and dtype == "same" and part is None
+    left_out: list[str] = []
     with writing(target) as partial, ExitStack() as stack:
-        raw = partial if as_it_is else partial.with_suffix(".raw")
+        raw = partial if unchanged else partial.with_suffix(".raw")
         stack.enter_context(_errors_name(source, raw, partial))
         if pickle is None:
             checkpoint = Checkpoint.open(source, part or "unet")
         else:
             if raw != partial:
                 stack.callback(raw.unlink, missing_ok=True)
-            left += pickle_file.extract(
-                source, raw, timeout_s=timeout_s, on_bytes=on_bytes
-            ).left_out
+            extracted = pickle_file.extract(source, raw, timeout_s=timeout_s, on_bytes=on_bytes)
+            left_out += extracted.left_out
             checkpoint = Checkpoint([raw])
-        rewritten = pickle is None or not as_it_is
+        rewritten = pickle is None or not unchanged
         if rewritten:
-            left += _rewrite(checkpoint, partial, layout, dtype, part, on_bytes)
-        written = Checkpoint([partial])
+            left_out += _rewrite(checkpoint, partial, layout, dtype, part, on_bytes)
+        output = Checkpoint([partial])
     scaled = rewritten and (WIDENED - FLOAT8) & set(checkpoint.dtypes.values())
     return Conversion(
         source=str(source),
         target=str(target),
         read_as=f"{pickle} pickle" if pickle else checkpoint.container,
         layout=layout,
-        dtype=written.dtype,
-        tensors=len(written.names),
-        size_bytes=written.size_bytes,
-        left_out=tuple(left),
+        dtype=output.dtype,
+        tensors=len(output.names),
+        size_bytes=output.size_bytes,
+        left_out=tuple(left_out),
         multiplied=checkpoint.scheme if scaled else None,
     )
 
@@ -128,13 +127,13 @@ def convert(
 def _check_request(
     source: Path, target: Path, layout: Layout, dtype: Dtype, part: PartName | None, overwrite: bool
 ) -> None:
-    for option, value, known in (
+    for option, value, choices in (
         ("layout", layout, LAYOUTS),
         ("dtype", dtype, DTYPES),
         ("part", part or PARTS[0], PARTS),
     ):
-        if value not in known:
-            raise InputError(f"{option} {value!r:.40}: expected one of {', '.join(known)}")
+        if value not in choices:
+            raise InputError(f"{option} {value!r:.40}: expected one of {', '.join(choices)}")
     if source.is_dir():
         parts = [name for name, folder in COMPONENTS.items() if (source / folder).is_dir()]
         if len(parts) > 1 and part is None:
@@ -177,19 +176,19 @@ def _rewrite(
 ) -> list[str]:
     """Write `target`, which must be new. Returns the names of stored tensors that are not in it."""
     renamed = layout != "same" or part is not None
-    planned = to_layout(checkpoint, layout, part) if renamed else as_stored(checkpoint)
-    sources = {step.slot.name: _cast(step, dtype, checkpoint) for step in planned}
+    tensors = to_layout(checkpoint, layout, part) if renamed else as_stored(checkpoint)
+    new_tensors = {t.slot.name: _cast(t, dtype, checkpoint) for t in tensors}
     declared = _declared_by_folder(checkpoint) if renamed else {}
-    slots = in_order(step.slot for step in sources.values())
     dropped = {"format", *([LAYERS] if checkpoint.scales.scheme else [])}
     metadata = {key: text for key, text in checkpoint.metadata.items() if key not in dropped}
-    with target.open("xb") as file:
-        done = file.write(compose(slots, declared | metadata))
-        for slot in slots:
-            for raw in _pieces(checkpoint, sources[slot.name]):
-                done += file.write(raw)
-            on_bytes(done)
-    return left_out(checkpoint, planned) + ([SCHEDULER] if declared else [])
+    write(
+        target,
+        (tensor.slot for tensor in new_tensors.values()),
+        declared | metadata,
+        lambda slot: _pieces(checkpoint, new_tensors[slot.name]),
+        on_bytes,
+    )
+    return unused_names(checkpoint, tensors) + ([SCHEDULER] if declared else [])
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -205,31 +204,31 @@ def _declared_by_folder(checkpoint: Checkpoint) -> dict[str, str]:
     return {} if family is None else {"headstart.prediction": family.prediction.value}
 
 
-def _cast(planned: NewTensor, dtype: Dtype, checkpoint: Checkpoint) -> NewTensor:
+def _cast(tensor: NewTensor, dtype: Dtype, checkpoint: Checkpoint) -> NewTensor:
     """The same tensor in `dtype`, if it is of floating point.
 
     With "same", a weight with a scale or in blocks becomes F32, which holds its numbers exactly.
     """
-    stored = planned.slot.dtype
-    quantized = stored in WIDENED and stored not in SOURCES
-    if (dtype == "same" and not quantized) or stored == dtype.upper():
-        return planned
-    if not quantized and stored not in SOURCES:
-        if not stored.startswith("F"):
-            return planned
+    slot, before = tensor.slot, tensor.slot.dtype
+    quantized = before in WIDENED and before not in SOURCES
+    if (dtype == "same" and not quantized) or before == dtype.upper():
+        return tensor
+    if not quantized and before not in SOURCES:
+        if not before.startswith("F"):
+            return tensor
         raise CheckpointError(
-            f"{checkpoint.files[0]}: {planned.slot.name[:80]!r} is {stored}, which cannot be "
-            "converted: take a release in another dtype"
+            f"{checkpoint.files[0]}: {slot.name[:80]!r} is {before}, which cannot be converted: "
+            "take a release in another dtype"
         )
-    target = "F32" if dtype == "same" else dtype.upper()
-    return planned._replace(slot=planned.slot._replace(dtype=target))
+    after = "F32" if dtype == "same" else dtype.upper()
+    return tensor._replace(slot=slot._replace(dtype=after))
 
 
-def _pieces(checkpoint: Checkpoint, planned: NewTensor) -> Iterator[bytes | memoryview]:
+def _pieces(checkpoint: Checkpoint, tensor: NewTensor) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor to be written, a few MB at a time."""
-    slot, source = planned
+    slot, source = tensor
     if slot.dtype == checkpoint.entry(source.name).dtype:
-        yield from _stored(checkpoint, source)
+        yield from _raw_pieces(checkpoint, source)
         return
     for values in _numbers(checkpoint, source):
         try:
@@ -241,22 +240,22 @@ def _pieces(checkpoint: Checkpoint, planned: NewTensor) -> Iterator[bytes | memo
             ) from error
 
 
-def _stored(checkpoint: Checkpoint, source: Source) -> Iterator[memoryview]:
+def _raw_pieces(checkpoint: Checkpoint, source: Source) -> Iterator[memoryview]:
     """The stored bytes that the source uses."""
     entry = checkpoint.entry(source.name)
     begin, end = piece(source, entry.shape, entry.end - entry.begin)
-    stored = checkpoint.raw(source.name)[begin:end]
+    raw = checkpoint.raw(source.name)[begin:end]
     if source.op == "transpose":
-        yield from _transposed(stored, entry.shape, DTYPE_BITS[entry.dtype] // 8)
+        yield from _transposed(raw, entry.shape, DTYPE_BITS[entry.dtype] // 8)
     else:
-        yield from (stored[i : i + CHUNK_BYTES] for i in range(0, len(stored), CHUNK_BYTES))
+        yield from (raw[i : i + CHUNK_BYTES] for i in range(0, len(raw), CHUNK_BYTES))
 
 
 def _numbers(checkpoint: Checkpoint, source: Source) -> Iterator[Array]:
     """The numbers that the source uses."""
     dtype, shape = checkpoint.entry(source.name)[:2]
     if dtype in SOURCES:
-        yield from (widen(raw, dtype) for raw in _stored(checkpoint, source))
+        yield from (widen(raw, dtype) for raw in _raw_pieces(checkpoint, source))
         return
     begin, end = piece(source, shape, math.prod(shape))
     if source.op == "transpose":  # a text projection: 6.6 MB in SDXL

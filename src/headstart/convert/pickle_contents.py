@@ -35,10 +35,10 @@ def check_weights(table: Mapping[object, object]) -> None:
     """Raise CheckpointError for the state of a trainer, and for nothing at all."""
     if not table:
         raise CheckpointError("it holds nothing")
-    for what, names in _STATES:
+    for state, names in _STATES:
         if names <= table.keys():
             raise CheckpointError(
-                f"it is the state of {what}, with which a training goes on, and no weights: give "
+                f"it is the state of {state}, with which a training goes on, and no weights: give "
                 "the file of weights that lies beside it"
             )
 
@@ -74,11 +74,11 @@ def _prompt(tensor: Tensor) -> dict[str, Tensor]:
     return _nameless("one tensor", [tensor])
 
 
-def _nameless(what: str, tensors: Sequence[Tensor]) -> NoReturn:
+def _nameless(title: str, tensors: Sequence[Tensor]) -> NoReturn:
     shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors[:3])
     more = ", ..." if len(tensors) > 3 else ""
     raise CheckpointError(
-        f"it is {what} without a name ({shapes}{more}), so their use is unknown: vectors of "
+        f"it is {title} without a name ({shapes}{more}), so their use is unknown: vectors of "
         "CLIP's image space and statistics are saved so. A textual inversion has its token beside "
         "it, and a network has names: give such a file"
     )
@@ -98,7 +98,7 @@ def _lora(tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
     widths = {width for side in sides for width in side}
     if len(widths) == 1 and _ATTENTION_LAYERS.get(*widths) == len(pairs):
         network = "text_encoder"
-    elif len(pairs) in _UNET_LAYERS and any(into in _CONTEXTS for _, into in sides):
+    elif len(pairs) in _UNET_LAYERS and any(width in _CONTEXTS for _, width in sides):
         network = "unet"
     else:
         return None

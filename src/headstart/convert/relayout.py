@@ -23,7 +23,6 @@ LAYOUTS: tuple[Layout, ...] = ("same", "diffusers", "ldm")
 # does not (stabilityai/sdxl-vae, `sdxl_vae.safetensors`).
 _PREFIXES: dict[PartName, str] = {"unet": "model.diffusion_model.", "vae": ""}
 
-
 DECLARING: dict[PartName, frozenset[str]] = {
     "unet": frozenset({*STATEMENTS, *FLAGS, "alphas_cumprod"}),
     "vae": frozenset(STATEMENTS),
@@ -41,8 +40,8 @@ class NewTensor(NamedTuple):
 def as_stored(checkpoint: Checkpoint) -> list[NewTensor]:
     """Every tensor under its own name."""
     return [
-        NewTensor(Slot(name, entry.dtype, entry.shape), Source(name))
-        for name, entry in ((name, checkpoint.entry(name)) for name in checkpoint.names)
+        NewTensor(Slot(name, *checkpoint.entry(name)[:2]), Source(name))
+        for name in checkpoint.names
     ]
 
 
@@ -52,22 +51,19 @@ def to_layout(checkpoint: Checkpoint, layout: Layout, part: PartName | None) -> 
     `part` chooses one of several. Raises InputError if it is needed or not in the file, and
     CheckpointError for a tensor without a name in the layout.
     """
-    chosen = _choose(checkpoint, part)
-    declaring = [
-        step for step in as_stored(checkpoint) if step.slot.name in DECLARING.get(chosen.name, ())
-    ]
+    network, stored = _choose(checkpoint, part), as_stored(checkpoint)
+    declaring = [t for t in stored if t.source.name in DECLARING.get(network.name, ())]
     if layout == "same":
-        stored = {source.name for source in chosen.sources.values()}
-        tensors = [planned for planned in as_stored(checkpoint) if planned.source.name in stored]
-        return tensors + declaring
+        names = {source.name for source in network.sources.values()}
+        return [tensor for tensor in stored if tensor.source.name in names] + declaring
     ours = [
-        NewTensor(Slot(name, chosen.dtype(name), chosen.shapes[name]), chosen.sources[name])
-        for name in chosen.sources
+        NewTensor(Slot(name, network.dtype(name), network.shapes[name]), source)
+        for name, source in network.sources.items()
     ]
-    if layout == "diffusers":
-        _check_ours(chosen)
-        return ours + declaring
-    return _as_ldm(chosen, ours) + declaring
+    if layout == "ldm":
+        return _as_ldm(network, ours) + declaring
+    _check_names(network, filter(_LDM_NAME.match, network.sources), layout)
+    return ours + declaring
 
 
 def _choose(checkpoint: Checkpoint, part: PartName | None) -> Part:
@@ -81,12 +77,12 @@ def _choose(checkpoint: Checkpoint, part: PartName | None) -> Part:
     return parts[name]
 
 
-def _check_ours(part: Part) -> None:
-    """Raise CheckpointError for unknown LDM names, which no loader would read."""
-    if odd := [name for name in part.sources if _LDM_NAME.match(name)]:
+def _check_names(part: Part, unknown: Iterable[str], layout: Layout) -> None:
+    """Raise CheckpointError for names that would be unknown in a file of this layout."""
+    if names := sorted(unknown):
         raise CheckpointError(
-            f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
-            f"the diffusers layout: {', '.join(sorted(odd)[:3])}"
+            f"{part.checkpoint.files[0]}: {len(names)} tensors of the {part.name} have no name in "
+            f"the {layout} layout: {', '.join(names[:3])}"
         )
 
 
@@ -104,11 +100,7 @@ def _as_ldm(part: Part, ours: list[NewTensor]) -> list[NewTensor]:
             "of its own in the ldm layout"
         )
     names = (keymap.unet_to_ldm if part.name == "unet" else keymap.vae_to_ldm)(part.sources)
-    if odd := sorted(part.sources.keys() - names.keys()):
-        raise CheckpointError(
-            f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
-            f"the ldm layout: {', '.join(odd[:3])}"
-        )
+    _check_names(part, part.sources.keys() - names.keys(), "ldm")
     tensors: list[NewTensor] = []
     for (name, dtype, shape), source in ours:
         matrix = keymap.VAE_PROJECTION.fullmatch(name) and len(shape) == 2
@@ -117,10 +109,9 @@ def _as_ldm(part: Part, ours: list[NewTensor]) -> list[NewTensor]:
     return tensors
 
 
-def left_out(checkpoint: Checkpoint, plan: Iterable[NewTensor]) -> list[str]:
+def unused_names(checkpoint: Checkpoint, tensors: Iterable[NewTensor]) -> list[str]:
     """The names of stored tensors that are no source, sorted."""
-    used = {planned.source.name for planned in plan}
-    return sorted(set(checkpoint.names) - used)
+    return sorted(set(checkpoint.names) - {tensor.source.name for tensor in tensors})
 
 
 def piece(source: Source, shape: tuple[int, ...], size_bytes: int) -> tuple[int, int]:

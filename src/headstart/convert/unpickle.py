@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headstart.checkpoint.dtypes import TORCH_NAMES
-from headstart.convert.container import Slot, compose, in_order
+from headstart.convert.container import Slot, write
 from headstart.convert.pickle_contents import check_weights, with_names
 from headstart.errors import CheckpointError
 
@@ -108,12 +108,12 @@ def _limit(seconds: int, size_bytes: int) -> None:
 
 def _load(path: Path) -> object:
     """The unpickled document; storages of a zip archive are mapped."""
-    known: list[Any] = [(Inert, name) for name in _BOOKKEEPING]
+    replacements: list[Any] = [(Inert, name) for name in _BOOKKEEPING]
     try:
         with (
             path.open("rb") as file,
             warnings.catch_warnings(),
-            torch.serialization.safe_globals(known),
+            torch.serialization.safe_globals(replacements),
         ):
             warnings.simplefilter("ignore")
             mapped = file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors"
@@ -192,9 +192,7 @@ def _unwrap(document: object, left_out: list[str]) -> object:
         inner = [key for key in _WRAPPERS if _holds_weights(_mapping(table.get(key)))]
         if not inner or _holds_tensors(table):
             return table
-        left_out += [
-            f"{key}: {_type_name(value)}" for key, value in table.items() if key != inner[0]
-        ]
+        left_out += [f"{key}: {_type_name(v)}" for key, v in table.items() if key != inner[0]]
         document = table[inner[0]]
     raise CheckpointError(f"tables are nested more than {MAX_DEPTH} deep")
 
@@ -218,11 +216,11 @@ def _holds_weights(table: Mapping[object, object] | None) -> bool:
 def _leaves(document: object) -> Iterator[tuple[str, object]]:
     """Every leaf with its dotted name. A table inside itself ends as too deep."""
     nodes: list[tuple[str, object, int]] = [("", document, 0)]
-    seen = 0
+    visited = 0
     while nodes:
         name, value, depth = nodes.pop()
-        seen += 1
-        if depth > MAX_DEPTH or seen > MAX_NODES:
+        visited += 1
+        if depth > MAX_DEPTH or visited > MAX_NODES:
             raise CheckpointError(f"tables are nested over {MAX_DEPTH} deep, or over {MAX_NODES}")
         table = _mapping(value)
         if table is None and isinstance(value, list | tuple):
@@ -264,16 +262,15 @@ def _check(tensors: Mapping[str, Tensor], size_bytes: int) -> None:
 
 def _write(tensors: Mapping[str, Tensor], target: Path) -> None:
     """Write tensor after tensor in pieces, so that a mapped file is never wholly in memory."""
-    slots = in_order(
-        Slot(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
-    )
-    with target.open("xb") as file:
-        file.write(compose(slots, {}))
-        for slot in slots:
-            flat = tensors[slot.name].detach().resolve_conj().resolve_neg().reshape(-1)
-            for begin in range(0, flat.numel(), CHUNK_NUMBERS):
-                piece = flat[begin : begin + CHUNK_NUMBERS].contiguous()
-                file.write(piece.view(torch.uint8).numpy().data)
+
+    def pieces(slot: Slot) -> Iterator[memoryview]:
+        flat = tensors[slot.name].detach().resolve_conj().resolve_neg().reshape(-1)
+        for begin in range(0, flat.numel(), CHUNK_NUMBERS):
+            piece = flat[begin : begin + CHUNK_NUMBERS].contiguous()
+            yield piece.view(torch.uint8).numpy().data
+
+    slots = (Slot(name, _NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items())
+    write(target, slots, {}, pieces)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ Packed = bool | Literal["direct"] | None
 """Whether weights are laid out for a CPU's products; see there."""
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KEPT = _FLOATS | dict.fromkeys(WIDENED, torch.float16)
+_WIDENED_FLOATS = _FLOATS | dict.fromkeys(WIDENED, torch.float16)
 
 
 def assemble(
@@ -115,24 +115,23 @@ def _fill(
     if dtype == "float8":
         dtype = _computes(part, target)
     if dtype is None or dtype == "stored":
-        dtype = torch.float32 if target.type == "cpu" else kept_dtype(part)
+        dtype = torch.float32 if target.type == "cpu" else default_dtype(part)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
-        stored_dtype = _KEPT.get(part.dtype(name), dtype) if stored else dtype
+        weight_dtype = _WIDENED_FLOATS.get(part.dtype(name), dtype) if stored else dtype
         tensor = part.tensor(name)
         if name in float8_names:
             state[name], scales[name] = _float8_of(part, name, tensor.to(device), dtype)
             continue
-        if part.dtype(name) in WIDENED and stored_dtype == torch.float16:
-            stored_dtype = _half_of(part, name, tensor, stored)
-        state[name] = _aligned(name, tensor.to(device=device, dtype=stored_dtype))
+        if part.dtype(name) in WIDENED and weight_dtype == torch.float16:
+            weight_dtype = _half_of(part, name, tensor, stored)
+        state[name] = _aligned(name, tensor.to(device=device, dtype=weight_dtype))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     if float8_names:
         keep_float8(module, scales, dtype)
-    lay_out: Callable[[], None] | None = getattr(module, "lay_out", None)
-    if lay_out is not None:
-        lay_out()
+    lay_out: Callable[[], object] = getattr(module, "lay_out", lambda: None)
+    lay_out()
     return keep_stored(module) if stored else module
 
 
@@ -144,8 +143,8 @@ def _fill_packed(module: M, part: Part, dtype: torch.dtype) -> M:
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         stays = name in stay and _ONE_ROW.fullmatch(name) is None
-        stored_dtype = _FLOATS.get(part.dtype(name), dtype) if stays else dtype
-        state[name] = _aligned(name, part.tensor(name).to(dtype=stored_dtype))
+        weight_dtype = _FLOATS.get(part.dtype(name), dtype) if stays else dtype
+        state[name] = _aligned(name, part.tensor(name).to(dtype=weight_dtype))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     return keep_stored(module, dtype)
@@ -174,13 +173,13 @@ def _float8_of(
 ) -> tuple[Tensor, Tensor]:
     """Raises CheckpointError for numbers that would be infinite once they are widened."""
     try:
-        stored, scale = in_float8(tensor)
+        float8, scale = in_float8(tensor)
     except ValueError as error:
         raise CheckpointError(f"{part.checkpoint.files[0]}: {name}: {error}") from error
     large = computes == torch.float16 and float(scale.max()) > 128  # 448*128 < 65504
-    if large and not bool((stored.float() * scale).half().isfinite().all()):
+    if large and not bool((float8.float() * scale).half().isfinite().all()):
         raise _too_large(part, name, computes)
-    return stored, scale
+    return float8, scale
 
 
 def _too_large(part: Part, name: str, dtype: torch.dtype) -> CheckpointError:
@@ -254,13 +253,13 @@ def _aligned(name: str, tensor: Tensor) -> Tensor:
     if _ONE_ROW.fullmatch(name) is None or tensor.is_meta:
         return tensor
     tensor = tensor.contiguous()
-    beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
-    return tensor.clone() if beside else tensor
+    misaligned = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
+    return tensor.clone() if misaligned else tensor
 
 
-def kept_dtype(part: Part) -> torch.dtype:
+def default_dtype(part: Part) -> torch.dtype:
     """The default dtype of a part's weights on an accelerator."""
-    return _KEPT.get(stored_dtype(part), torch.float32)
+    return _WIDENED_FLOATS.get(stored_dtype(part), torch.float32)
 
 
 def stored_dtype(part: Part) -> str:

@@ -44,7 +44,7 @@ class Bands:
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def beside(self, begin: int, end: int, layer: Layer) -> Tensor:
+    def apply(self, begin: int, end: int, layer: Layer) -> Tensor:
         """Rows begin .. end - 1 of layer(x), for a layer that reads one row above and one below."""
         low, high = max(0, begin - 1), min(self.height, end + 1)
         return layer(self.take(low, high))[:, :, begin - low : end - low]
@@ -66,8 +66,8 @@ def spans(height: int, rows: int) -> Iterator[tuple[int, int, int]]:
 def normed(norm: nn.GroupNorm, x: Bands) -> Layer:
     """The group norm over all rows, as a function of a band. Statistics are in float32."""
     mean, var = _moments(x, norm.num_groups)
-    each = norm.num_channels // norm.num_groups
-    mean, var = mean.repeat_interleave(each), var.repeat_interleave(each)
+    width = norm.num_channels // norm.num_groups  # of a group
+    mean, var = mean.repeat_interleave(width), var.repeat_interleave(width)
     weight, bias = norm.weight.to(mean.dtype), norm.bias.to(mean.dtype)
 
     def apply(band: Tensor) -> Tensor:

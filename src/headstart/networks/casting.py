@@ -67,10 +67,10 @@ def keep_stored(module: M, dtype: torch.dtype = torch.float32) -> M:
     `compute_dtype` is `dtype`.
     """
     for layer in module.modules():
-        others = [tensor for tensor in layer.parameters(recurse=False) if tensor.dtype != dtype]
-        if any(tensor.ndim > 1 for tensor in others):
+        tensors = [tensor for tensor in layer.parameters(recurse=False) if tensor.dtype != dtype]
+        if any(tensor.ndim > 1 for tensor in tensors):
             layer.__class__ = _STORED.get(type(layer), type(layer))
-        for tensor in others:
+        for tensor in tensors:
             if tensor.ndim < 2:
                 tensor.data = tensor.data.to(dtype)
     vars(module)["compute_dtype"] = dtype
@@ -141,9 +141,10 @@ class _Scratch(threading.local):
         if self.buffer.numel() < like.numel():
             with torch.inference_mode(False):  # else only code in that mode could write to it
                 self.buffer = torch.empty(like.numel())
-        last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
         buffer = self.buffer[: like.numel()]
-        return buffer.as_strided(like.shape, like.stride()) if last else buffer.view(like.shape)
+        if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+            return buffer.as_strided(like.shape, like.stride())
+        return buffer.view(like.shape)
 
 
 _scratch = _Scratch()
@@ -158,6 +159,6 @@ def _widened(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor:
     elsewhere = weight.device.type != "cpu" or dtype != torch.float32
     if elsewhere or torch.is_grad_enabled() or is_compiling():
         wide = weight.to(dtype)
-        return wide if scale is None else wide.mul_(scale)
-    wide = _scratch.take(weight).copy_(weight)
+    else:
+        wide = _scratch.take(weight).copy_(weight)
     return wide if scale is None else wide.mul_(scale)

@@ -10,7 +10,6 @@ Sources, for facts: AUTOMATIC1111/stable-diffusion-webui v1.10, modules/prompt_p
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -53,7 +52,12 @@ def read(text: str, style: PromptStyle) -> list[Span]:
         return [Span(text)]
     spans = _a1111(text) if style == "a1111" else _comfyui(text)
     for span in spans:
-        _check(span.weight, span.text or "")
+        if not abs(span.weight) <= MAX_WEIGHT:  # NaN neither
+            raise InputError(
+                f"the weight of {(span.text or '')[:40]!r} in a prompt is {span.weight:g}: "
+                f"expected a number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, all brackets "
+                "around it together"
+            )
     return spans
 
 
@@ -62,12 +66,10 @@ _NUMBER = re.compile(r"[()]|:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*(?:\)|$)")
 _TWICE = re.compile(r"\(\s*\([^()]*\)(?:\s*\))?|\[\s*\[[^\[\]]*\](?:\s*\])?")
 _ESCAPED = re.compile(r"\\[()]")
 _BREAK = re.compile(r"\bBREAK\b")
-
-
 _SQUARE = re.compile(r"\[([^\[\]]*)\]|\bAND\b")
 
 
-def taken_as_letters(text: str, style: PromptStyle) -> str | None:
+def unread_sign(text: str, style: PromptStyle) -> str | None:
     """What in a text was probably meant as a sign that this style does not read, or None."""
     if style == "a1111":
         return next((sign[0] for sign in _SQUARE.finditer(text) if _edits(sign[1])), None)
@@ -80,10 +82,10 @@ def taken_as_letters(text: str, style: PromptStyle) -> str | None:
     return "BREAK" if _BREAK.search(text) and text.strip() != "BREAK" else None
 
 
-def warn_of_letters(texts: Iterable[str], style: PromptStyle) -> None:
+def warn_of_unread_signs(texts: Iterable[str], style: PromptStyle) -> None:
     """One warning a call, for the first text with a sign that this style does not read."""
     for text in texts:
-        if (sign := taken_as_letters(text, style)) is None:
+        if (sign := unread_sign(text, style)) is None:
             continue
         advice = {
             "plain": "give --prompt-style a1111 or comfyui (style=) to have it as a weight",
@@ -109,11 +111,11 @@ def _weight(text: str) -> str | None:
     return None
 
 
-def _edits(within: str | None) -> bool:
+def _edits(content: str | None) -> bool:
     """Whether the webui changes the prompt here while it samples, or (AND) has two of them."""
-    if within is None or "|" in within:
+    if content is None or "|" in content:
         return True
-    _, colon, number = within.rpartition(":")
+    _, colon, number = content.rpartition(":")
     return bool(colon) and not number.strip(" .0123456789")
 
 
@@ -175,11 +177,11 @@ def _a1111(text: str) -> list[Span]:
 
     One thing differs: within brackets the original takes BREAK for a word of negative weight.
     """
-    reader, at = _Reader(), 0
+    reader, end = _Reader(), 0
     for sign in _A1111.finditer(text):
-        if at < sign.start():
-            reader.text(text[at : sign.start()])
-        at = sign.end()
+        if end < sign.start():
+            reader.text(text[end : sign.start()])
+        end = sign.end()
         escaped, opening, number, closing = sign.groups()
         if opening:
             reader.open(reader.round if opening == "(" else reader.square)
@@ -191,8 +193,8 @@ def _a1111(text: str) -> list[Span]:
             reader.close(reader.square.pop(), 1 / BRACKET)
         else:
             reader.say(sign[0] if escaped is None else escaped)
-    if at < len(text) or not reader.runs:
-        reader.text(text[at:])
+    if end < len(text) or not reader.runs:
+        reader.text(text[end:])
     for start in reader.round:  # those left open, the outermost first
         reader.close(start, BRACKET)
     for start in reader.square:
@@ -204,10 +206,10 @@ def _merged(runs: list[_Run]) -> list[Span]:
     """Neighbours of one weight are one span: "(a)(b)" is the word "ab"."""
     spans: list[Span] = []
     for (words, weight), group in groupby(runs, lambda run: (run.parts is not None, run.weight)):
-        if not words:
+        if words:
+            spans.append(Span("".join(part for run in group for part in run.parts or ()), weight))
+        else:
             spans += [BREAK for _ in group]
-            continue
-        spans.append(Span("".join(part for run in group for part in run.parts or ()), weight))
     return spans
 
 
@@ -245,10 +247,10 @@ def _comfyui(text: str) -> list[Span]:
 class _Signs(NamedTuple):
     """Where the unescaped brackets and the colons of a text are.
 
-    opening  at each place, the next bracket that may open a group, from there on
+    opening  at each position, the next bracket that may open a group, from there on
     closing  an opening bracket -> its closing one
     closers  all closing brackets
-    last     at each place, the last bracket and the last colon before it
+    last     at each position, the last bracket and the last colon before it
     """
 
     opening: list[int]
@@ -314,11 +316,3 @@ def _number(text: str, sign: str) -> float:
             f"the weight in {sign!r:.60} is no number: write (word:1.3), or \\( and \\) for "
             "brackets that are letters"
         ) from None
-
-
-def _check(weight: float, text: str) -> None:
-    if not (math.isfinite(weight) and abs(weight) <= MAX_WEIGHT):
-        raise InputError(
-            f"the weight of {text[:40]!r} in a prompt is {weight:g}: expected a number between "
-            f"-{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, all brackets around it together"
-        )

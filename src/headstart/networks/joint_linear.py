@@ -64,8 +64,8 @@ def join(layers: Linears) -> None:
         return
     for name, parameters in zip(("weight", "bias"), _parameters(layers), strict=False):
         with torch.no_grad():
-            whole = torch.cat([parameter.detach() for parameter in parameters])
-        parts = whole.split_with_sizes([len(parameter) for parameter in parameters])
+            joined = torch.cat([parameter.detach() for parameter in parameters])
+        parts = joined.split_with_sizes([len(parameter) for parameter in parameters])
         for layer, part in zip(layers, parts, strict=True):
             replace_parameter(layer, name, part)
 
@@ -85,7 +85,8 @@ def joint_weights(layers: Linears) -> Joint | None:
     if is_compiling() or not all(map(_is_plain, layers)):
         return None
     runs = [_run_of(parameters) for parameters in _parameters(layers)]
-    return tuple(whole for whole in runs if whole is not None) if None not in runs else None
+    joint = tuple(run for run in runs if run is not None)
+    return joint if len(joint) == len(runs) else None
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -104,17 +105,10 @@ def _parameters(layers: Linears) -> list[list[Tensor]]:
 
 
 def _alike(layers: Linears) -> bool:
-    signatures = {
-        (
-            layer.in_features,
-            layer.weight.dtype,
-            layer.weight.device,
-            layer._parameters["bias"] is None,
-        )
-        for layer in layers
-        if _is_plain(layer)
-    }
-    return len(signatures) == 1 and all(map(_is_plain, layers))
+    if not all(map(_is_plain, layers)):
+        return False
+    inputs = {(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in layers}
+    return len(inputs) == len({layer._parameters["bias"] is None for layer in layers}) == 1
 
 
 def _run_of(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -128,7 +122,7 @@ def _run_of(parts: Sequence[Tensor | None]) -> Tensor | None:
             return None
         offset, rows = offset + part.numel(), rows + len(part)
     tensors = [part for part in parts if part is not None]
-    one = len({part.untyped_storage()._cdata for part in tensors}) == 1
-    if not (one and all(part.is_contiguous() and part.dtype == first.dtype for part in tensors)):
-        return None
-    return first.as_strided((rows, *inner), first.stride())
+    shared = len({part.untyped_storage()._cdata for part in tensors}) == 1
+    if shared and all(part.is_contiguous() and part.dtype == first.dtype for part in tensors):
+        return first.as_strided((rows, *inner), first.stride())
+    return None

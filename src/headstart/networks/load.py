@@ -26,9 +26,9 @@ from headstart.networks.assembly import (
     Dtype,
     Packed,
     assemble,
+    default_dtype,
     device_of,
     is_half,
-    kept_dtype,
     stored_dtype,
 )
 from headstart.networks.prompt_style import EXCLAMATIONS, Exclamation
@@ -213,9 +213,9 @@ def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
     """What float32 copies of a network's weights take; those that are float32 stay mapped."""
     return sum(
         4 * math.prod(shape)
-        for stored in parts_of(path, part, ema)
-        for name, shape in stored.shapes.items()
-        if stored.dtype(name) != "F32"
+        for network in parts_of(path, part, ema)
+        for name, shape in network.shapes.items()
+        if network.dtype(name) != "F32"
     )
 
 
@@ -226,14 +226,14 @@ def weight_bytes(path: str | Path, part: PartName, dtype: Dtype = None, *, ema: 
     return sum(
         (1 if float8 and len(shape) > 1 and "embedding" not in name else wide.itemsize)
         * math.prod(shape)
-        for stored in parts_of(path, part, ema)
-        for name, shape in stored.shapes.items()
+        for network in parts_of(path, part, ema)
+        for name, shape in network.shapes.items()
     )
 
 
 def file_dtype(path: str | Path, part: PartName, *, ema: Ema = None) -> torch.dtype:
     """The dtype that None is on an accelerator; of two text encoders the wider one's."""
-    dtypes = map(kept_dtype, parts_of(path, part, ema))
+    dtypes = map(default_dtype, parts_of(path, part, ema))
     return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
@@ -253,9 +253,9 @@ def parts_of(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
     return parts
 
 
-def _check_wide(dtype: Dtype, what: str) -> None:
+def _check_wide(dtype: Dtype, title: str) -> None:
     if dtype == "float8":
-        raise InputError(f'dtype "float8" is for UNets and text encoders, and this is {what}')
+        raise InputError(f'dtype "float8" is for UNets and text encoders, and this is {title}')
 
 
 def _overflows(network: NetworkInfo) -> bool:
@@ -272,10 +272,10 @@ def _tower(network: NetworkInfo, device: torch.device, dtype: Dtype) -> Tower:
     return assemble(lambda: Tower(params, rule), network.part, device, dtype, wide)
 
 
-def _tokenizer(path: Path, part: Part, overrides: str | Path | None) -> ClipTokenizer:
+def _tokenizer(path: Path, part: Part, tokenizer: str | Path | None) -> ClipTokenizer:
     """The caller's, the file's, its folder's, or CLIP's."""
-    if overrides is not None:
-        return ClipTokenizer.load(overrides)
+    if tokenizer is not None:
+        return ClipTokenizer.load(tokenizer)
     if text := part.checkpoint.metadata.get("headstart.tokenizer"):
         return ClipTokenizer.from_json(text)
     root = root_of(path)

@@ -120,8 +120,8 @@ class PackedConv2d(StoredConv2d):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of weight [C', C, ...] and input [..., C]."""
-    laid_out = _PACKS.of(weight, input.dtype, ())
-    return torch.ops.mkldnn._linear_pointwise(input, laid_out, bias, "none", [], "")
+    layout = _PACKS.of(weight, input.dtype, ())
+    return torch.ops.mkldnn._linear_pointwise(input, layout, bias, "none", [], "")
 
 
 def _conv2d(
@@ -135,9 +135,9 @@ def _conv2d(
         y = winograd_conv(input.float(), filter, None if bias is None else bias.float())
         return y.to(input.dtype)
     size = (_SIDE, _SIDE) if _ANY_SIZE else tuple(input.shape[2:])
-    laid_out = _PACKS.of(weight, input.dtype, form, size)
+    layout = _PACKS.of(weight, input.dtype, form, size)
     convolve = torch.ops.mkldnn._convolution_pointwise
-    return convolve(input, laid_out, bias, *form, "none", [], "")
+    return convolve(input, layout, bias, *form, "none", [], "")
 
 
 def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[Any, ...]) -> bool:
@@ -192,12 +192,12 @@ class _Pack(NamedTuple):
     """A weight as it is laid out, and as it was then: how often it was written to, where and how it
     lies. While the reference to its storage is kept, no other has its address."""
 
-    laid_out: Any
-    seen: tuple[object, ...]
+    layout: Any
+    state: tuple[object, ...]
     storage: StorageWeakRef
 
-    def holds(self, seen: tuple[object, ...]) -> bool:
-        return self.seen == seen and not self.storage.expired()
+    def holds(self, state: tuple[object, ...]) -> bool:
+        return self.state == state and not self.storage.expired()
 
 
 @final
@@ -205,42 +205,35 @@ class _Packs:
     """weight -> its layouts, for as long as anybody has the weight."""
 
     def __init__(self) -> None:
-        self._held: Any = WeakTensorKeyDictionary()
-        self._making = threading.Lock()
+        self._layouts: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
 
     def of(
         self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...], size: Sequence[int] = ()
     ) -> Any:
         """Made when it is first needed, and again of a weight that was written to or moved, or for
         another size."""
-        seen = (
-            weight._version,
-            weight.data_ptr(),
-            weight.shape,
-            weight.stride(),
-            weight.dtype,
-            dtype,
-            size,
-        )
-        pack = self._found(weight, form)
-        if pack is not None and pack.holds(seen):
-            return pack.laid_out
-        with self._making, torch.inference_mode(False), torch.no_grad():
-            pack = self._found(weight, form)
-            if pack is None or not pack.holds(seen):
-                layouts = self._held.setdefault(weight, {})
+        address, strides = weight.data_ptr(), weight.stride()
+        state = (weight._version, address, weight.shape, strides, weight.dtype, dtype, size)
+        pack = self._find(weight, form)
+        if pack is not None and pack.holds(state):
+            return pack.layout
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            pack = self._find(weight, form)
+            if pack is None or not pack.holds(state):
+                layouts = self._layouts.setdefault(weight, {})
                 layouts.pop(form, None)  # before the next is made
-                made = _lay_out(weight.detach().to(dtype), form, size)
-                layouts[form] = pack = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
-            return pack.laid_out
+                layout = _lay_out(weight.detach().to(dtype), form, size)
+                pack = _Pack(layout, state, StorageWeakRef(weight.untyped_storage()))
+                layouts[form] = pack
+            return pack.layout
 
     def forget(self, weight: Tensor) -> None:
-        with self._making:
-            self._held.pop(weight, None)
+        with self._lock:
+            self._layouts.pop(weight, None)
 
-    def _found(self, weight: Tensor, form: tuple[Any, ...]) -> _Pack | None:
-        layouts = self._held.get(weight)
-        return None if layouts is None else layouts.get(form)
+    def _find(self, weight: Tensor, form: tuple[Any, ...]) -> _Pack | None:
+        return self._layouts.get(weight, {}).get(form)
 
 
 _PACKS = _Packs()

@@ -20,7 +20,7 @@ from headstart.networks.load import parts_of
 from headstart.networks.packed import is_tiled
 from headstart_kernels.points import PLACES
 
-_PLACE = re.compile(r"(encoder\.|decoder\.)?(down|up|mid)_blocks?\.(?:(\d+)\.)?(upsamplers)?.*")
+_POSITION = re.compile(r"(encoder\.|decoder\.)?(down|up|mid)_blocks?\.(?:(\d+)\.)?(upsamplers)?.*")
 _STRIDED = re.compile(r".*\.downsamplers\..*")
 _KERNEL, _FLOAT = 9, 4
 
@@ -40,13 +40,13 @@ def packed_bytes(
 
 
 def _of(part: Part, dtype: torch.dtype, cells: int | None) -> int:
-    matches = {name: _PLACE.fullmatch(name) for name in part.shapes}
+    matches = {name: _POSITION.fullmatch(name) for name in part.shapes}
     ups = [int(match[3]) for match in matches.values() if match and match[2] == "up" and match[3]]
     levels, total = 1 + max(ups, default=0), 0
     for name, shape in part.shapes.items():
-        times = 2 if part.dtype(name) in WIDENED and len(shape) > 1 else 1
+        copies = 2 if part.dtype(name) in WIDENED and len(shape) > 1 else 1
         direct = math.prod(shape) * dtype.itemsize
-        total += times * direct
+        total += copies * direct
         if cells is None or _STRIDED.fullmatch(name):
             continue
         last = name.startswith("decoder.conv_out.")

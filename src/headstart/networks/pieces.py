@@ -20,7 +20,7 @@ from headstart.errors import InputError
 from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.tokenizer import Word
 
-COMFYUI_WHOLE = 8
+COMFYUI_SHORTEST = 8
 """`max_word_length` of its tokenizer: from here on a span may be cut."""
 A1111_BACK = 20
 """The webui's default for "Prompt word wrap length limit" (`comma_padding_backtrack`)."""
@@ -77,7 +77,7 @@ def cut(
         if style == "a1111":
             _by_token(writer, words, weight, comma)
         else:
-            _whole(writer, words if style == "plain" else _join_words(words), weight, style)
+            _by_group(writer, words if style == "plain" else _join_words(words), weight, style)
     if writer.ids or not writer.pieces:
         writer.end()
     return writer.pieces
@@ -92,10 +92,10 @@ class _Writer:
         self.ids: list[int] = []
         self.weights: list[float] = []
         self.comma: int | None = None
-        """The place of the last comma in the piece being written."""
+        """The position of the last comma in the piece being written."""
 
     @property
-    def left(self) -> int:
+    def free(self) -> int:
         return self.room - len(self.ids)
 
     def add(self, ids: Sequence[int], weight: float) -> None:
@@ -103,7 +103,7 @@ class _Writer:
         self.weights += [weight] * len(ids)
 
     def end(self, at: int | None = None) -> None:
-        """End the piece at a place in it; the rest begins the next one."""
+        """End the piece at a position in it; the rest begins the next one."""
         at = len(self.ids) if at is None else at
         if len(self.pieces) == MAX_PIECES:
             raise InputError(
@@ -120,19 +120,19 @@ class _Writer:
             )
 
 
-def _whole(writer: _Writer, groups: Iterable[Word], weight: float, style: PromptStyle) -> None:
+def _by_group(writer: _Writer, groups: Iterable[Word], weight: float, style: PromptStyle) -> None:
     """Groups kept whole where they can be."""
-    shortest_cut = COMFYUI_WHOLE if style == "comfyui" else writer.room + 1
+    shortest_cut = COMFYUI_SHORTEST if style == "comfyui" else writer.room + 1
     for group in groups:
         ids = group.ids
         if group.is_embedding:
             writer.check_fits(group)
         elif len(ids) >= min(shortest_cut, writer.room + 1):
-            while len(ids) > writer.left:
-                first, ids = ids[: writer.left], ids[writer.left :]
+            while len(ids) > writer.free:
+                first, ids = ids[: writer.free], ids[writer.free :]
                 writer.add(first, weight)
                 writer.end()
-        if len(ids) > writer.left:
+        if len(ids) > writer.free:
             writer.end()
         writer.add(ids, weight)
 
@@ -156,10 +156,10 @@ def _by_token(writer: _Writer, words: Iterable[Word], weight: float, comma: int 
         for ids in [word.ids] if word.is_embedding else [(id,) for id in word.ids]:
             if ids == (comma,):
                 writer.comma = len(writer.ids)
-            elif not writer.left and writer.comma is not None:
+            elif not writer.free and writer.comma is not None:
                 behind = len(writer.ids) - writer.comma
                 if behind <= A1111_BACK:
                     writer.end(writer.comma + 1)
-            if len(ids) > writer.left:
+            if len(ids) > writer.free:
                 writer.end()
             writer.add(ids, weight)

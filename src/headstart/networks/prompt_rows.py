@@ -40,9 +40,9 @@ def prompt_rows(
     where there is one encoder or no first text."""
     texts = _texts("prompts", prompts)
     count = len(texts)
-    others = [] if negative is None else _negatives("negative", negative, count)
-    absent = [text is None for text in others]
-    negatives = [text or "" for text in others]
+    optional = [] if negative is None else _negatives("negative", negative, count)
+    absent = [text is None for text in optional]
+    negatives = [text or "" for text in optional]
     if second is None and negative_second is None:
         return PromptRows([*texts, *negatives], [*texts, *negatives], count, absent)
     if encoders == 1:
@@ -69,34 +69,32 @@ def prompt_rows(
             "negative_second is what the second encoder reads beside a negative prompt, and there "
             'is none: give negative= too, such as ""'
         )
-    filled = [
-        negative if text is None else text for negative, text in zip(negatives, added, strict=True)
-    ]
+    filled = [n if text is None else text for n, text in zip(negatives, added, strict=True)]
     return PromptRows([*texts, *negatives], [*seconds, *filled], count, absent)
 
 
 def _texts(name: str, texts: Sequence[str]) -> list[str]:
-    return [text for text in _listed(name, texts, "strings", str) if isinstance(text, str)]
+    return [text for text in _checked(name, texts, "strings", str) if isinstance(text, str)]
 
 
 def _negatives(name: str, texts: Negative, count: int) -> list[str | None]:
-    items = _listed(name, texts, "strings or None", (str, type(None)))
+    items = _checked(name, texts, "strings or None", (str, type(None)))
     if len(items) not in (1, count):
         raise InputError(f"expected 1 or {count} {name} prompts, got {len(items)}")
     return [text if isinstance(text, str) else None for text in items]
 
 
-def _listed(name: str, texts: object, what: str, kinds: type | tuple[type, ...]) -> list[object]:
+def _checked(name: str, texts: object, kind: str, types: type | tuple[type, ...]) -> list[object]:
     """A list; one string is one text."""
     if isinstance(texts, str):
         return [texts]
     try:
         items = list[object](texts)  # pyright: ignore[reportArgumentType]
     except TypeError:
-        raise InputError(f"{name}: expected {what}, got {type(texts).__name__}") from None
+        raise InputError(f"{name}: expected {kind}, got {type(texts).__name__}") from None
     if not items:
         raise InputError(f"{name}: expected at least one text, got none")
     for text in items:
-        if not isinstance(text, kinds):
-            raise InputError(f"{name}: expected {what}, got {type(text).__name__} {text!r:.40}")
+        if not isinstance(text, types):
+            raise InputError(f"{name}: expected {kind}, got {type(text).__name__} {text!r:.40}")
     return items

@@ -52,12 +52,12 @@ class Version(NamedTuple):
         that record gradients, which belong to one row."""
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             return None
-        known = _TENSORS.issuperset(map(type, tensors))  # others may have no address, as fakes
+        plain = _TENSORS.issuperset(map(type, tensors))  # others may have no address, as fakes
         try:
             versions = (*map(_version, tensors),)
         except RuntimeError:
             return None
-        return cls((*map(Tensor.data_ptr if known else _address, tensors),), versions)
+        return cls((*map(Tensor.data_ptr if plain else _address, tensors),), versions)
 
 
 class State(NamedTuple):
@@ -193,8 +193,8 @@ def _is_adapters(layer: nn.Linear, state: dict[str, Any]) -> bool:
     forward = state.get("forward", layer.forward)
     while isinstance(forward, ForwardOverride) and _in_key(forward):
         forward = forward.inner
-    own_forward = getattr(forward, "__func__", None) is type(layer).forward
-    return own_forward and all(map(_in_key, state["_forward_hooks"].values()))
+    replaced = getattr(forward, "__func__", None) is not type(layer).forward
+    return not replaced and all(map(_in_key, state["_forward_hooks"].values()))
 
 
 def _in_key(hook: object) -> bool:

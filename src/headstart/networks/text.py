@@ -148,7 +148,7 @@ class ClipText(nn.Module):
         if style not in PROMPT_STYLES:
             raise InputError(f"style {style!r:.40}: expected {', '.join(PROMPT_STYLES)}")
         rows = prompt_rows(prompts, negative, second, negative_second, len(self.towers))
-        grammar.warn_of_letters(dict.fromkeys((*rows.first, *rows.second)), style)
+        grammar.warn_of_unread_signs(dict.fromkeys((*rows.first, *rows.second)), style)
         readings = self._readings((rows.first, rows.second), style, strict=strict)
         cond = self._encode(readings, self.hidden_state(clip_skip), (size, original, crop))
         if negative is None:
@@ -178,7 +178,7 @@ class ClipText(nn.Module):
         texts = prompt_rows(prompts, None, None, None, 1).first
         readings = self._readings((texts, texts), "plain", strict=False)
         order = _order(readings[0].rows, self.length - 2)
-        return [_laid_out(list(self._ids(reading)), order) for reading in readings]
+        return [_joined(list(self._ids(reading)), order) for reading in readings]
 
     def with_tokens(
         self, tokens: Mapping[str, tuple[int, ...]], token_vectors: Sequence[Tensor]
@@ -217,10 +217,10 @@ class ClipText(nn.Module):
         token_vectors = self.token_vectors or (None,) * len(self.towers)
         for tower, vectors, rows in zip(self._towers(), token_vectors, texts, strict=False):
             pieces_of = {text: self._pieces(text, style, tower) for text in dict.fromkeys(rows)}
-            if strict and (over := [text for text, pieces in pieces_of.items() if len(pieces) > 1]):
+            if strict and (long := [text for text, pieces in pieces_of.items() if len(pieces) > 1]):
                 raise InputError(
-                    f"{len(over)} of {len(pieces_of)} prompts need more than one piece of "
-                    f"{self.length - 2} tokens ({over[0][:60]!r}): shorten them"
+                    f"{len(long)} of {len(pieces_of)} prompts need more than one piece of "
+                    f"{self.length - 2} tokens ({long[0][:60]!r}): shorten them"
                 )
             readings.append(_Reading(tower, vectors, [pieces_of[text] for text in rows], style))
         # Both encoders of a row read as many pieces, the shorter text with empty ones at the end,
@@ -260,8 +260,8 @@ class ClipText(nn.Module):
         check_threads()
         order = _order(readings[0].rows, self.length - 2)
         device = next(self.parameters()).device
-        outs = [self._read(reading, hidden, device) for reading in readings]
-        context = torch.cat([_laid_out(pieces, order) for pieces, _ in outs], dim=-1)
+        outs = [self._encode_pieces(reading, hidden, device) for reading in readings]
+        context = torch.cat([_joined(pieces, order) for pieces, _ in outs], dim=-1)
         pooled = outs[-1][1]
         if pooled is None:
             return Conditioning(context)
@@ -273,7 +273,7 @@ class ClipText(nn.Module):
         time_ids = torch.tensor([sizes] * len(context), dtype=torch.float32, device=device)
         return Conditioning(context, pooled, time_ids)
 
-    def _read(
+    def _encode_pieces(
         self, reading: _Reading, hidden: int | None, device: torch.device
     ) -> tuple[list[Tensor], Tensor | None]:
         """Every piece's context [B, L, D], weighted, and the pooled text of the first.
@@ -316,7 +316,7 @@ def _without(cond: Conditioning, rows: list[bool]) -> Conditioning:
 
 
 def _order(rows: Sequence[list[Piece]], room: int) -> Tensor:
-    """[B, k]: the index of the piece at each place of a row; shorter rows repeat their pieces.
+    """[B, k]: the index of the piece at each position of a row; shorter rows repeat their pieces.
 
     Raises InputError where the rows need too many (`common_piece_count`).
     """
@@ -325,7 +325,7 @@ def _order(rows: Sequence[list[Piece]], room: int) -> Tensor:
     return torch.tensor([[i % count for i in positions] for count in counts])
 
 
-def _laid_out(pieces: list[Tensor], order: Tensor) -> Tensor:
+def _joined(pieces: list[Tensor], order: Tensor) -> Tensor:
     """Pieces [B, L, ...], the first of every row, the second, ... -> [B, k*L, ...]."""
     if order.shape[1] == 1:
         return pieces[0]

@@ -96,10 +96,10 @@ class TinyVae(nn.Module):
         return self.encoder(pixels)
 
 
-def _check_channels(what: str, tensor: Tensor, channels: int) -> None:
+def _check_channels(name: str, tensor: Tensor, channels: int) -> None:
     if tensor.ndim != 4 or tensor.shape[1] != channels:
         raise InputError(
-            f"expected {what} [B, {channels}, h, w] for this tiny autoencoder, got "
+            f"expected {name} [B, {channels}, h, w] for this tiny autoencoder, got "
             f"{list(tensor.shape)}: it was made for others"
         )
 

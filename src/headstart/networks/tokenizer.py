@@ -113,9 +113,8 @@ class ClipTokenizer:
         for folder in (path / "tokenizer", path):
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 return cls.from_vocabulary(*_read_vocabulary(folder), str(folder))
-            if (folder / "tokenizer.json").is_file():
-                path = folder / "tokenizer.json"
-                return cls.from_json(_read_text(path), str(path))
+            if (file := folder / "tokenizer.json").is_file():
+                return cls.from_json(_read_text(file), str(file))
         if path.is_file():
             return cls.from_json(_read_text(path), str(path))
         raise CheckpointError(
@@ -166,8 +165,8 @@ class ClipTokenizer:
 
     def knows(self, token: str) -> bool:
         """Whether the token has a meaning already: a word, begin, end, or an added token."""
-        known = {*self.embeddings, BOS, EOS}
-        return _spaced(token) in known or len(self.tokens(token)) < 2
+        names = {*self.embeddings, BOS, EOS}
+        return _spaced(token) in names or len(self.tokens(token)) < 2
 
     def with_tokens(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
         """A tokenizer that also reads these tokens, as these ids; this one does not change.

@@ -1,7 +1,7 @@
 """One CLIP text encoder as a network: ids -> hidden states, and the pooled text.
 
 x     = token + position            token = table[id], or token_vectors[-1 - id] where id < 0
-x'    = x + out(attention(q, k, v of norm1(x)))        each place sees itself and those before it
+x'    = x + out(attention(q, k, v of norm1(x)))        each position sees itself and those before it
 x''   = x' + fc2(act(fc1(norm2(x'))))                  a layer; hidden state i is what layer i made
 context = the hidden state that the family reads       pooled = P @ normed[argmax(ids)]  (SDXL)
 
@@ -109,9 +109,9 @@ class Embeddings(nn.Module):
     def _tokens(self, ids: Tensor, token_vectors: Tensor | None) -> Tensor:
         if token_vectors is None or not len(token_vectors):
             return self.token_embedding(ids)
-        known = self.token_embedding(ids.clamp(min=0))
+        words = self.token_embedding(ids.clamp(min=0))
         vectors = token_vectors.to(ids.device)[(-1 - ids).clamp(min=0)]
-        return torch.where((ids < 0)[..., None], vectors.to(known), known)
+        return torch.where((ids < 0)[..., None], vectors.to(words), words)
 
 
 class Layer(nn.Module):

@@ -25,7 +25,7 @@ TEXTS = "unet.keys_values"
 """Where `Conditioning.extra` has those of all layers."""
 
 
-class Beside(NamedTuple):
+class Inputs(NamedTuple):
     """The inputs of a pass's blocks besides x.
 
     shifts   for each ResBlock in turn, [B, C]: its projection of the embedded timestep
@@ -136,14 +136,14 @@ class SpatialTransformer(nn.Module):
             nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
         )
 
-    def forward(self, x: Tensor, beside: Beside) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
         height = x.shape[2]
         h: Tensor = self.norm(x)
         h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
         for block in self.blocks():
             # Where weights lie is looked up here: a compiler of blocks does not see it.
             joint = joint_weights(block.attn1.layers)
-            h = block(h, beside.context, next(beside.texts), joint)
+            h = block(h, inputs.context, next(inputs.texts), joint)
         h = _image(self.proj_out(h), height) if self.linear else self.proj_out(_image(h, height))
         return x + h
 

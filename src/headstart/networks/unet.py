@@ -32,7 +32,7 @@ from headstart.networks.joint_linear import (
 from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
 from headstart.networks.state import Watch, calling
-from headstart.networks.transformer import TEXTS, Beside, SpatialTransformer, Text, TransformerBlock
+from headstart.networks.transformer import TEXTS, Inputs, SpatialTransformer, Text, TransformerBlock
 from headstart.prompt_cache import cached_prompt
 
 
@@ -84,11 +84,11 @@ class Layers(nn.Module):
             )
         self.has_attention = any(depths)
 
-    def step(self, i: int, x: Tensor, beside: Beside) -> Tensor:
+    def step(self, i: int, x: Tensor, inputs: Inputs) -> Tensor:
         """Resnet i and, where the stage has transformers, transformer i."""
-        x = self.resnets[i](x, next(beside.shifts))
+        x = self.resnets[i](x, next(inputs.shifts))
         if self.has_attention and i < len(self.attentions):
-            x = self.attentions[i](x, beside)
+            x = self.attentions[i](x, inputs)
         return x
 
     def transformers(self) -> Iterator[TransformerBlock]:
@@ -105,9 +105,9 @@ class DownStage(Layers):
             self.downsamplers = nn.ModuleList([Resample(stage.channels, stride=2)])
         self._resample = stage.resample
 
-    def forward(self, x: Tensor, beside: Beside, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.step(i, x, beside)
+            x = self.step(i, x, inputs)
             skips.append(x)
         if self._resample:
             x = self.downsamplers[0](x)
@@ -119,9 +119,9 @@ class MidStage(Layers):
     def __init__(self, channels: int, mid: Mid, params: UNetParams) -> None:
         super().__init__([channels] * mid.resnets, channels, (mid.depth,), params)
 
-    def forward(self, x: Tensor, beside: Beside) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.step(i, x, beside)
+            x = self.step(i, x, inputs)
         return x
 
 
@@ -136,9 +136,9 @@ class UpStage(Layers):
             self.upsamplers = nn.ModuleList([Resample(stage.channels, stride=1)])
         self._resample = stage.resample
 
-    def forward(self, x: Tensor, beside: Beside, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.step(i, torch.cat([x, skips.pop()], dim=1), beside)
+            x = self.step(i, torch.cat([x, skips.pop()], dim=1), inputs)
         if self._resample:
             height, width = skips[-1].shape[2:]  # odd sizes come back to what they were
             x = self.upsamplers[0](x, (height, width))
@@ -177,15 +177,15 @@ class UNet(nn.Module):
         return super().__call__(*(cached_prompt(self, argument) for argument in args), **arguments)
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        beside = self._beside(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
+        inputs = self._inputs(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
         x: Tensor = self.conv_in(x_in)  # in the memory format of its weight from here on
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, beside, skips)
+            x = block(x, inputs, skips)
         if self.mid_block is not None:
-            x = self.mid_block(x, beside)
+            x = self.mid_block(x, inputs)
         for block in self.up_blocks:
-            x = block(x, beside, skips)
+            x = block(x, inputs, skips)
         return self.conv_out(self.conv_norm_out(x))
 
     def lay_out(self, device: torch.device | None = None) -> None:
@@ -250,9 +250,9 @@ class UNet(nn.Module):
             crossing = [block.attn2 for block in self._transformers()]
             return [layer for cross in crossing for layer in (cross.to_k, cross.to_v)]
 
-    def _beside(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Beside:
+    def _inputs(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Inputs:
         emb = F.silu(self._embed(timestep, cond, dtype))
-        return Beside(iter(project_each(self._time_layers(), emb)), cond.context, self._texts(cond))
+        return Inputs(iter(project_each(self._time_layers(), emb)), cond.context, self._texts(cond))
 
     def _texts(self, cond: Conditioning) -> Iterator[Text | None]:
         """Keys and values read before; or of all layers at once, where that is one product; else

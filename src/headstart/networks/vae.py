@@ -45,7 +45,7 @@ class ResBlock(nn.Module):
         they are read. Two activations are in memory at once, or the wider one and a band."""
         first, h, out = silu_normed(self.norm1, x), list[Tensor](), list[Tensor]()
         for _, begin, end in x.spans():
-            h.append(x.beside(begin, end, lambda band: self.conv1(first(band))))
+            h.append(x.apply(begin, end, lambda band: self.conv1(first(band))))
             if self.conv_shortcut is not None:
                 out.append(self.conv_shortcut(x.take(begin, end)))
                 x.read(end - 1)
@@ -53,7 +53,7 @@ class ResBlock(nn.Module):
         x = x if self.conv_shortcut is None else Bands(out, x.rows, x.height)
         second = silu_normed(self.norm2, inner)
         for i, begin, end in x.spans():
-            x.parts[i] += inner.beside(begin, end, lambda band: self.conv2(second(band)))
+            x.parts[i] += inner.apply(begin, end, lambda band: self.conv2(second(band)))
             inner.read(end - 1)
         return x
 
@@ -77,13 +77,13 @@ class Attention(nn.Module):
 
     def banded(self, x: Bands) -> Bands:
         """Keys and values are of all positions, queries of one band."""
-        norm, whole = normed(self.group_norm, x), x.take(0, x.height)
-        tokens = rearrange(norm(whole), "b c h w -> b 1 (h w) c")
+        norm, image = normed(self.group_norm, x), x.take(0, x.height)
+        tokens = rearrange(norm(image), "b c h w -> b 1 (h w) c")
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        width = whole.shape[3]
+        width = image.shape[3]
         for i, begin, end in x.spans():
-            some = q[:, :, begin * width : end * width]
-            out = self.to_out[0](attend(some, k, v))
+            queries = q[:, :, begin * width : end * width]
+            out = self.to_out[0](attend(queries, k, v))
             x.parts[i] += rearrange(out, "b 1 (h w) c -> b c h w", w=width)
         return x
 
@@ -214,13 +214,13 @@ class Decoder(nn.Module):
         have as many rows, so there are fewer of them."""
         rows = max(1, -(-z.shape[2] * 2 ** (len(self.up_blocks) - 1) // bands))
         latents = Bands.of(z, rows)
-        first = [latents.beside(begin, end, self.conv_in) for _, begin, end in latents.spans()]
+        first = [latents.apply(begin, end, self.conv_in) for _, begin, end in latents.spans()]
         x = self.mid_block.banded(Bands(first, rows, z.shape[2]))
         for layer in self._finer():
             x = layer.banded(x)
         last, pixels = silu_normed(self.conv_norm_out, x), list[Tensor]()
         for _, begin, end in x.spans():
-            pixels.append(x.beside(begin, end, lambda band: self.conv_out(last(band))))
+            pixels.append(x.apply(begin, end, lambda band: self.conv_out(last(band))))
             x.read(end - 1)
         return torch.cat(pixels, dim=2)
 
@@ -271,7 +271,7 @@ class Vae(nn.Module):
         if bands == 1:
             return self.decoder(z)
         _check_bands(bands, latents)
-        return torch.cat([self.decoder.banded(one, bands) for one in z.split(1)])
+        return torch.cat([self.decoder.banded(latent, bands) for latent in z.split(1)])
 
     def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Scale and shift: numbers, or [C, 1, 1] if each channel has its own."""
