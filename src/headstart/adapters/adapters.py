@@ -29,6 +29,7 @@ from headstart.adapters.resolution import Match, Resolution
 from headstart.adapters.slots import Slots
 from headstart.adapters.snapshot import (
     AdapterOptions,
+    AllSlots,
     AttachedAdapter,
     Deltas,
     Snapshot,
@@ -242,10 +243,7 @@ class AdapterSet:
         return {host: Slots.of(host.layers, host.dtypes, part) for host, part in deltas.items()}
 
     def _snapshot(
-        self,
-        before: Snapshot,
-        attached: Mapping[str, AttachedAdapter],
-        slots: Mapping[str, Mapping[Host, Slots]],
+        self, before: Snapshot, attached: Mapping[str, AttachedAdapter], slots: AllSlots
     ) -> Snapshot:
         """The snapshot with these adapters; merges weights and hooks the layers."""
         sums: dict[Host, Sums] = {}

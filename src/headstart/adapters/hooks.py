@@ -310,11 +310,7 @@ def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: 
                 "conditioning has no strengths: sample with the engine, or give headstart.sample "
                 "strengths=engine.adapters.strengths(table, batch)"
             )
-    elif (
-        strengths.ndim != 2
-        or strengths.shape[1] != len(columns)
-        or len(strengths) not in (1, batch)
-    ):
+    elif tuple(strengths.shape) not in ((1, len(columns)), (batch, len(columns))):
         raise AdapterError(
             f"expected strengths [{batch} samples, {len(columns)} adapters], got "
             f"{list(strengths.shape)}: make them with engine.adapters.strengths(table, batch)"

@@ -54,9 +54,7 @@ class AdapterReport:
         how = f"rank {self.rank}, live" if self.live else "merged"
         lines = [f"{self.name}: {self.form}, {how}"]
         for model, coverage in self.models.items():
-            layers = ", ".join(
-                f"{count} of {network}" for network, count in coverage.layers.items()
-            )
+            layers = ", ".join(f"{n} of {network}" for network, n in coverage.layers.items())
             lines.append(
                 f"  {model}: {coverage.matched} keys in layers {layers}; "
                 f"{len(coverage.mismatched)} of another shape, {len(coverage.unmatched)} unmatched"

@@ -36,6 +36,8 @@ ROLE = "adapter:"
 AdapterOptions: TypeAlias = "Mapping[str, StrengthLike] | Sequence[str] | None"
 """Strengths by name for one run, or the names of adapters that act; None: all, as attached."""
 Deltas: TypeAlias = Mapping[str, Delta]
+AllSlots: TypeAlias = Mapping[str, Mapping[Host, Slots]]
+"""Adapter -> network -> its low-rank changes."""
 
 
 @final
@@ -108,16 +110,14 @@ class Snapshot:
 
     models        the names of the models that adapters may be attached to
     attached      by name, sorted, so that columns and sums do not depend on the order of attaching
-    slots         adapter -> network -> its low-rank changes
+    slots         the low-rank changes
     merged        network -> the weights that its layers run on
     text_encoder  with the tokens of these adapters; None where there are networks alone
     """
 
     models: tuple[str, ...]
     attached: Mapping[str, AttachedAdapter] = field(default_factory=dict[str, AttachedAdapter])
-    slots: Mapping[str, Mapping[Host, Slots]] = field(
-        default_factory=dict[str, Mapping[Host, Slots]]
-    )
+    slots: AllSlots = field(default_factory=dict[str, Mapping[Host, Slots]])
     merged: Mapping[Host, MergedWeights] = field(default_factory=dict[Host, MergedWeights])
     text_encoder: ClipText | None = None
     changes: Changes = field(init=False)
@@ -304,9 +304,7 @@ def _names(options: object) -> list[str]:
     return texts
 
 
-def _changes(
-    slots: Mapping[str, Mapping[Host, Slots]], merged: Mapping[Host, MergedWeights]
-) -> Changes:
+def _changes(slots: AllSlots, merged: Mapping[Host, MergedWeights]) -> Changes:
     by_layer: dict[LayerHooks, tuple[tuple[str, Slot], ...]] = {}
     for name, by_host in sorted(slots.items()):
         for host, part in by_host.items():

@@ -174,17 +174,15 @@ def open_parts(sources: Sequence[Path], part: Network) -> list[Part]:
     """
     parts = [_open(path, part) for path in sources]
     if part == "unet":
-        families = [
-            family_of(path, each.checkpoint) for path, each in zip(sources, parts, strict=True)
-        ]
+        families = [family_of(path, p.checkpoint) for path, p in zip(sources, parts, strict=True)]
         lineages = [family.lineage if family else "unknown" for family in families]
         if len(set(lineages)) > 1:
             actual = ", ".join(f"{k} in {path}" for k, path in zip(lineages, sources, strict=True))
             raise CheckpointError(f"expected models of one family, got {actual}")
     problems = [
         line
-        for index, (path, each) in enumerate(zip(sources, parts, strict=True))
-        for line in _differences(parts[0], each, path, more=index < 2)
+        for index, (path, other) in enumerate(zip(sources, parts, strict=True))
+        for line in _differences(parts[0], other, path, more=index < 2)
     ]
     if problems:
         raise CheckpointError(

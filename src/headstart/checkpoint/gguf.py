@@ -151,9 +151,9 @@ class _Reader:
         if max(shape) > MAX_DIM:
             fail(self.path, f"tensor {name[:80]!r}: shape {shape!r:.80} is beyond 2^40")
         if (dtype := _TYPES.get(type_)) is None:
-            known = ", ".join(_TYPES.values())
+            names = ", ".join(_TYPES.values())
             fail(self.path, f"tensor {name[:80]!r} has type {type_}, which is not read; known are "
-                            f"{known}")  # fmt: skip
+                            f"{names}")  # fmt: skip
         _, count, size = BLOCKS.get(dtype, (0, 1, DTYPE_BYTES.get(dtype, 0)))
         if shape[-1] % count:
             fail(self.path, f"tensor {name[:80]!r}: {dtype} has {count} weights a block, which "

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from headstart.checkpoint import blueprint
-from headstart.checkpoint.families import FAMILIES, Family, TextRule
+from headstart.checkpoint.families import FAMILIES, Family, Shapes, TextRule
 from headstart.checkpoint.fit import misfit
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.leftovers import is_allowed
@@ -70,9 +70,7 @@ class NetworkInfo:
     details: tuple[str, ...] = ()
 
 
-def _fitted(
-    info: NetworkInfo, expected: Mapping[str, tuple[int, ...]], overrides: Overrides
-) -> NetworkInfo:
+def _fitted(info: NetworkInfo, expected: Shapes, overrides: Overrides) -> NetworkInfo:
     """`info` without ignored tensors, and with what does not fit as its problem."""
     part, allow = info.part, overrides.allow
     sources = {

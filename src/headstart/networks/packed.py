@@ -40,6 +40,8 @@ from headstart_kernels.winograd import Filter, winograd_conv
 from headstart_kernels.winograd import pays as pays_tiles
 
 M = TypeVar("M", bound=nn.Module)
+Form = tuple[Any, ...]
+"""A convolution's padding, stride, dilation and groups; () is a linear layer's, or `_TILES`."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What oneDNN has products of on most processors; float16 needs AVX512-FP16 or AMX."""
@@ -124,9 +126,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(input, layout, bias, "none", [], "")
 
 
-def _conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[Any, ...], tiles: bool
-) -> Tensor:
+def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, form: Form, tiles: bool) -> Tensor:
     input = input.contiguous(memory_format=torch.channels_last)
     if form == _POINTS and weight.shape[2:] == (1, 1):
         return _linear(input.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
@@ -140,7 +140,7 @@ def _conv2d(
     return convolve(input, layout, bias, *form, "none", [], "")
 
 
-def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[Any, ...]) -> bool:
+def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> bool:
     """Whether a convolution takes a quarter of the products, in float32 (`winograd`)."""
     same = bias is None or bias.dtype == input.dtype
     return form == _SAME and same and is_tiled(weight.shape, input.shape, input.dtype)
@@ -175,10 +175,9 @@ _LIBRARY.impl("packed_conv2d", _recorded_conv2d, "CPU")
 """For recorders that run operators again: these read the weight, and not a layout from before."""
 
 
-def _lay_out(weight: Tensor, form: tuple[Any, ...], size: Sequence[int]) -> Tensor | Filter:
-    """The weight as its product reads it, opaque and of as many bytes; `form`: a convolution's
-    padding, stride, dilation and groups; `size`: its image's. For tiles it has four times as many
-    bytes."""
+def _lay_out(weight: Tensor, form: Form, size: Sequence[int]) -> Tensor | Filter:
+    """The weight as its product reads it, opaque and of as many bytes, for tiles of four times as
+    many; `size`: the image's."""
     ops = torch.ops.mkldnn
     if form == _TILES:
         return Filter.of(weight)
@@ -208,9 +207,7 @@ class _Packs:
         self._layouts: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
-    def of(
-        self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...], size: Sequence[int] = ()
-    ) -> Any:
+    def of(self, weight: Tensor, dtype: torch.dtype, form: Form, size: Sequence[int] = ()) -> Any:
         """Made when it is first needed, and again of a weight that was written to or moved, or for
         another size."""
         address, strides = weight.data_ptr(), weight.stride()
@@ -232,7 +229,7 @@ class _Packs:
         with self._lock:
             self._layouts.pop(weight, None)
 
-    def _find(self, weight: Tensor, form: tuple[Any, ...]) -> _Pack | None:
+    def _find(self, weight: Tensor, form: Form) -> _Pack | None:
         return self._layouts.get(weight, {}).get(form)
 
 

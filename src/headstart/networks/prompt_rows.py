@@ -53,14 +53,12 @@ def prompt_rows(
     seconds = texts if second is None else _texts("second", second)
     if len(seconds) not in (1, count):
         raise InputError(f"expected 1 or {count} second prompts, got {len(seconds)}")
-    if len(seconds) == 1:
-        seconds = seconds * count
+    seconds = seconds * (count // len(seconds))
     if negative_second is None:
         return PromptRows([*texts, *negatives], [*seconds, *negatives], count, absent)
     added = _negatives("negative_second", negative_second, count)
     rows = max(len(negatives), len(added))
-    if len(added) == 1:
-        added = added * rows
+    added = added * (rows // len(added))
     if len(negatives) == 1:
         negatives, absent = negatives * rows, absent * rows
     without = (no and text is not None for no, text in zip(absent, added, strict=True))

@@ -146,9 +146,7 @@ class Watch:
         """Tensors at the same addresses are in the same storages, if those still exist."""
         storages = self._storages
         if storages.addresses != weights.addresses or any(map(_is_expired, storages.numbers)):
-            storage_of = {
-                storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors)
-            }
+            storage_of = {s._cdata: s for s in map(Tensor.untyped_storage, tensors)}
             refs = (*map(StorageWeakRef, storage_of.values()),)
             storages = self._storages = _Storages(weights.addresses, (*storage_of,), refs)
         return storages.refs

@@ -292,13 +292,11 @@ class ClipText(nn.Module):
         weights = [_weights(pieces, self.length).to(device) for pieces in columns]
         pairs = zip(contexts, weights, strict=True)
         if reading.style == "a1111":
-            return [emphasis.scaled(context, strengths) for context, strengths in pairs], pooled
+            return [emphasis.scaled(z, w) for z, w in pairs], pooled
         blank = reading._replace(rows=[[Piece()] for _ in reading.rows])
         (ids,) = self._ids(blank)
         empty, _ = reading.tower(ids.to(device), hidden)
-        return [
-            emphasis.from_empty(context, strengths, empty) for context, strengths in pairs
-        ], pooled
+        return [emphasis.from_empty(z, w, empty) for z, w in pairs], pooled
 
     def _size(self, size: Size) -> tuple[int, int]:
         size = self.image_size if size is None else size

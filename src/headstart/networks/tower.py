@@ -82,9 +82,8 @@ class TextModel(nn.Module):
     def __init__(self, params: ClipParams) -> None:
         super().__init__()
         self.embeddings = Embeddings(params)
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(Layer(params) for _ in range(params.layers))}
-        )
+        layers = nn.ModuleList(Layer(params) for _ in range(params.layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(params.width)
 
     def run(self, x: Tensor, first: int, end: int) -> Tensor:

@@ -241,9 +241,8 @@ class UNet(nn.Module):
         try:
             stages: Any = [stage for stage in self._stages() if stage.has_attention]
             transformers = [t for s in stages for t in s._modules["attentions"]._modules.values()]
-            blocks = [
-                b for t in transformers for b in t._modules["transformer_blocks"]._modules.values()
-            ]
+            tables = [t._modules["transformer_blocks"]._modules for t in transformers]
+            blocks = [block for table in tables for block in table.values()]
             crosses = [block._modules["attn2"]._modules for block in blocks]
             return [layer for cross in crosses for layer in (cross["to_k"], cross["to_v"])]
         except KeyError:  # a module that stands for another, and forwards attributes
