@@ -211,8 +211,8 @@ def _frechet_to(features: Array, reference: Moments, root: Array) -> float:
         factor = np.linalg.qr(factor).R
     cross = np.linalg.svd(factor @ root, compute_uv=False).sum()
     spread = np.square(factor).sum() + np.trace(reference.covariance)
-    apart = np.square(features.mean(0) - reference.mean).sum()
-    return max(0.0, float(apart + spread - 2.0 * cross))  # rounding may end a hair below
+    shift = np.square(features.mean(0) - reference.mean).sum()
+    return max(0.0, float(shift + spread - 2.0 * cross))  # rounding may end a hair below
 
 
 def _root(matrix: Array) -> Array:

@@ -18,7 +18,7 @@ DEMO = "demo"
 
 
 class PictureSource(NamedTuple):
-    """What is known of pictures beforehand.
+    """Where pictures come from.
 
     lineage  the family of the models, or None where it is unknown
     sizes    (height, width) of the pictures
@@ -51,7 +51,7 @@ def choose_judge(
     Where the lineage is unknown, the size of pictures decides, and a note says so. Raises
     InputError for the bundled scorer on pictures that it was not made for.
     """
-    misfits = [(source, why) for source in pictures if (why := source.misfit()) is not None]
+    misfits = [(source, misfit) for source in pictures if (misfit := source.misfit()) is not None]
     names = (names,) if isinstance(names, str) else tuple(names or ())
     if names and "scorer" not in names:
         return Choice(open_features(*names))

@@ -121,9 +121,9 @@ def measure_each(groups: Sequence[Array], statistic: Statistic) -> PromptValues:
     return PromptValues(values, np.empty((len(values), 0)))
 
 
-def over_prompts(measured: PromptValues) -> Interval | None:
+def over_prompts(per_prompt: PromptValues) -> Interval | None:
     """The mean over prompts and its percentile interval; None for one prompt."""
-    return None if len(measured.values) < 2 else bootstrap_mean(measured.values)
+    return None if len(per_prompt.values) < 2 else bootstrap_mean(per_prompt.values)
 
 
 def bootstrap_mean(values: Array, resamples: int = RESAMPLES) -> Interval:
@@ -134,11 +134,11 @@ def bootstrap_mean(values: Array, resamples: int = RESAMPLES) -> Interval:
     return percentiles(float(values.mean()), values[picks].mean(1))
 
 
-def over_seeds(measured: PromptValues) -> Interval | None:
+def over_seeds(per_prompt: PromptValues) -> Interval | None:
     """The mean over exactly these prompts; None where seeds were not drawn."""
-    if not measured.draws.size:
+    if not per_prompt.draws.size:
         return None
-    return percentiles(measured.mean, measured.draws.mean(0))
+    return percentiles(per_prompt.mean, per_prompt.draws.mean(0))
 
 
 def paired(a: PromptValues, b: PromptValues) -> Paired:
@@ -192,8 +192,8 @@ def bootstrap_seeds(
 
     Two samples are one pair, so nothing varies between draws: the ends are NaN.
     """
-    measured = measure_diversity([features], distance, resamples=resamples)
-    return over_seeds(measured) or Interval(measured.mean)
+    per_prompt = measure_diversity([features], distance, resamples=resamples)
+    return over_seeds(per_prompt) or Interval(per_prompt.mean)
 
 
 def percentiles(value: float, draws: Array) -> Interval:

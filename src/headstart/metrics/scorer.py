@@ -1,8 +1,8 @@
 """How well 64 px pictures match prompts: score = cos(image(pixels), text(prompt)).
 
 text(prompt) = unit(bias + sum of one vector a different token): captions are a noun and a few
-attributes, so a bag of tokens says what they say. image(pixels) = unit(W f), where f are the unit
-features that diversity is measured on. Contrastive image-text scoring: arXiv:2103.00020.
+attributes, so a bag of tokens is enough. image(pixels) = unit(W f), where f are the unit features
+that diversity is measured on. Contrastive image-text scoring: arXiv:2103.00020.
 """
 
 from __future__ import annotations

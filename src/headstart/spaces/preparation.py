@@ -72,8 +72,8 @@ def read_preparation(path: Path) -> Preparation:
     mean, std = (tuple(map(float, config[f"image_{name}"])) for name in ("mean", "std"))
     resample = config.get("resample", 3)
     sides = (height, width, edge) if crops else (height, width)
-    good = all(0 < side <= MAX_SIDE for side in sides) and 0.0 not in std
-    if not (good and len(mean) == len(std) == 3 and resample in {*Image.Resampling}):
+    is_valid = all(0 < side <= MAX_SIDE for side in sides) and 0.0 not in std
+    if not (is_valid and len(mean) == len(std) == 3 and resample in {*Image.Resampling}):
         raise InputError(f"{str(path)!r} is damaged, or not {_CONTENTS}: {config!s:.200}")
     return Preparation(edge if crops else 0, height, width, mean, std, resample)
 

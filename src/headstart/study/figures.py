@@ -4,9 +4,9 @@ diversity  of every plan, a panel a feature space
 grids      guidance, k and n (figure 7 of arXiv:2503.10637)
 handoff    what comes back, by the noise level at which the distilled model takes over
 curve      how much of the finished picture each step shows (its figure 5)
-methods    diversity against being right, for all that costs the same (study.scatter)
+methods    diversity against quality, of plans and methods (study.scatter)
 control    what an adapter does on each plan (its table 1)
-timeline   from which step a concept is there
+timeline   the steps at which concepts are there
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_figures() -> None:
 
 
 def draw_figures(report: Report) -> list[Figure]:
-    """Raises nothing for what a report lacks: that figure is not there."""
+    """Every figure whose data is in the report."""
     figures: list[Figure] = []
     with style():
         for name, (title, draw) in _FIGURES.items():
@@ -108,7 +108,7 @@ def _distance(report: Report, space: str) -> str:
 
 
 def _measures(report: Report, rows: Mapping[str, Row], *, recovered: bool) -> dict[str, Measure]:
-    """The measures that some of these rows have: diversity, then how right the pictures are."""
+    """The measures that some of these rows have: diversity, then quality."""
     space, *_ = *spaces_of(report), ""
     measures = {
         "recovered diversity (%)": in_space(space, "recovered"),

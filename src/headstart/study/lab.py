@@ -1,4 +1,4 @@
-"""What a study measures with, and one of its cells: a case's pictures of one prompt, as numbers.
+"""An engine with a judge, and the cells of cases: the pictures of one prompt as numbers.
 
 diversity@SPACE  [1 + R]  of all seeds, then of R draws of the seeds
 vendi@SPACE      []       effective number of different pictures; NaN where cosines mean nothing
@@ -135,10 +135,11 @@ class Lab:
         identity = self.identity(case, number)
         before = store.read(key, identity)
         rgb = None if before is None else store.pictures(case.name, number, self.seeds)
-        cost = {name: before[name] for name in COST if name in before} if before else {}
-        if rgb is None:
+        if before is None or rgb is None:
             rgb, pngs, cost = self._sample(case, prompt)
             store.keep(case.name, number, self.seeds, pngs)
+        else:
+            cost = {name: before[name] for name in COST if name in before}
         numbers = measurements(rgb, prompt, self.judge, self.reference)
         store.write(key, identity, {**cost, **numbers})
 

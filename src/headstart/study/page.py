@@ -42,7 +42,7 @@ from headstart.study.table import (
 PictureFiles = Mapping[str, Sequence[Path]]
 PICTURE_PX, ACROSS = 128, 8
 MOST_PICTURES = 4_000_000
-"""Letters of all pictures together: the page stays one that can be mailed."""
+"""Letters of all pictures' data URIs: the page stays small enough for a mail."""
 FEW_ROWS = 12
 MOST_DIVERSE = "the most diverse that is not clearly worse"
 
@@ -142,16 +142,16 @@ def _percent(number: Interval) -> str:
 def beside(report: Report) -> Block:
     """Plans: the paper's columns, then ours that come nearest to them."""
     spaces, rows = spaces_of(report), rows_of(report)
-    near, right = _space_named(spaces, "dreamsim"), _space_named(spaces, "inception")
+    main, fid_space = _space_named(spaces, "dreamsim"), _space_named(spaces, "inception")
     shares = [recovered(plan) for plan in PLANS]
     percents = [None if share is None else float(round(100.0 * share)) for share in shares]
     theirs = {head: _cells([quoted(plan)[head] for plan in PLANS]) for head in quoted(PLANS[0])}
     first = next(iter(theirs))
     theirs = {first: theirs[first], "recovered, %": _cells(percents), **theirs}
     measures: dict[str, Measure] = {
-        "diversity": in_space(near, "diversity"),
-        "recovered, %": in_space(near, "recovered"),
-        "Frechet": in_space(right, "frechet"),
+        "diversity": in_space(main, "diversity"),
+        "recovered, %": in_space(main, "recovered"),
+        "Frechet": in_space(fid_space, "frechet"),
         "score": of_row("score"),
         "s/image": of_row("seconds"),
     }
@@ -160,8 +160,8 @@ def beside(report: Report) -> Block:
     ours = {head: cells(column) for head, column in numbers.items() if any(column)}
     groups = (("the paper, SDXL and DMD2 (recovered: our division)", len(theirs)),)
     if ours:
-        heading = plain(f"ours: by {near}" + f", Frechet by {right}" * (right != near), 120)
-        groups = (*groups, (heading, len(ours)))
+        frechet = f", Frechet by {fid_space}" * (fid_space != main)
+        groups = (*groups, (plain(f"ours: by {main}{frechet}", 120), len(ours)))
     columns = [*theirs.values(), *ours.values()]
     return _block("plans", "plan", [*theirs, *ours], PLANS, columns)._replace(groups=groups)
 
@@ -244,7 +244,7 @@ def _uri(path: Path) -> str | None:
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
-    """What every number depends on: (name, value)."""
+    """(name, value) of the settings on which all numbers depend."""
     pair, seeds = branch(report, "pair"), branch(report, "seeds")
     facts: dict[str, Any] = {
         "format": report.get("format"),

@@ -29,7 +29,7 @@ FID_IMAGES = 30_000
 
 
 def quoted(plan: str) -> dict[str, float | None]:
-    """What the paper prints of a plan in tables 2, 3 and E.1, by column."""
+    """The paper's numbers of a plan in tables 2, 3 and E.1, by column."""
 
     def of(name: str, row: str, column: str) -> float | None:
         table = PAPER[name]

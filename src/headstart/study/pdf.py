@@ -69,10 +69,10 @@ def _lines(report: Mapping[str, Any], title: str) -> Iterator[_Line]:
     yield _Line(_in_font(title), TITLE, 0.0, bold=True)
     for text in textwrap.wrap(_in_font(subject_of(report)), NOTES):
         yield _Line(text, SMALL, 1.3 * TITLE, GREY)
-    for name, (first, *rest) in tables:
+    for name, (first, *rows) in tables:
         yield _Line(name, size, 2.0 * step, bold=True, head=True)
         yield _Line(first, size, step, GREY, mono=True, head=True)
-        for line in rest:
+        for line in rows:
             yield _Line(line, size, step, mono=True)
     notes = [line for text in legend_of(report) for line in textwrap.wrap(text, NOTES)]
     for number, text in enumerate(notes):

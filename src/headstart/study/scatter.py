@@ -1,8 +1,8 @@
-"""Diversity that came back against being right, for plans and methods, with names beside the dots.
+"""Recovered diversity against quality, for plans and methods, with names beside the dots.
 
-One panel for each number of being right that the report has. Full marks cost as many passes as the
-distilled model; hollow ones are dearer or cheaper, and their names say what they cost. A circle is
-one network in memory, a square two.
+One panel for each measure of quality in the report. Full marks cost as many passes as the distilled
+model; the names of hollow ones end in their passes. A circle is one network in memory, a square
+two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from headstart.study.table import (
 MOST_NAMES = 36
 """Beyond this many dots only plans and the best of each grid are named."""
 ENDS = {"distilled": 0.0, "base": 100.0}
-"""What recovered diversity is by its definition."""
+"""Recovered diversity in per cent, by its definition."""
 
 
 class _Dot(NamedTuple):
@@ -50,11 +50,11 @@ def draw_methods(report: Report) -> tuple[Canvas, str] | None:
         return None
     best = best_cases(report).values()
     cases = part_rows(report, "plans", "methods") | {case: rows[case] for case in best}
-    rights: dict[str, Measure] = {
+    qualities: dict[str, Measure] = {
         "score less the base's (better is up)": score_less_base(report),
         "Frechet distance (better is up)": in_space(spaces[0], "frechet"),
     }
-    panels = {label: dots for label, of in rights.items() if (dots := _dots(report, cases, of))}
+    panels = {label: dots for label, of in qualities.items() if (dots := _dots(report, cases, of))}
     if not panels:
         return None
     main_cases = {*part_rows(report, "plans"), *best}
@@ -86,14 +86,14 @@ def draw_methods(report: Report) -> tuple[Canvas, str] | None:
     )
 
 
-def _dots(report: Report, cases: Mapping[str, Row], right: Measure) -> list[_Dot]:
+def _dots(report: Report, cases: Mapping[str, Row], quality: Measure) -> list[_Dot]:
     recovered = in_space(spaces_of(report)[0], "recovered")
     usual = interval(rows_of(report).get("distilled", {}).get("passes"))
     families = {case: grid_of(case, row) for case, row in cases.items()}
     family_marks = marks(list(dict.fromkeys(family or case for case, family in families.items())))
     dots: list[_Dot] = []
     for case, row in cases.items():
-        x, y = recovered(row) or interval(ENDS.get(case)), right(row)
+        x, y = recovered(row) or interval(ENDS.get(case)), quality(row)
         if x is None or y is None:
             continue
         passes = interval(row.get("passes"))

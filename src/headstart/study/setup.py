@@ -31,7 +31,7 @@ REQUIRED = ("base", "distilled")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a study is to measure.
+    """A user's request for a study.
 
     settings   the preset and the distilled model's own grid, as `Engine.compile` takes them
     parts      of cases.PARTS and the experiments; None: all that these weights allow
@@ -93,7 +93,7 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
 
 
 def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any]:
-    """What study.json says, which is written before a study begins; see `store.FIXED`."""
+    """The contents of study.json, which is written before a study begins; see `store.FIXED`."""
     weights, seeds = engine.weights, request.seeds
     attached = engine.adapters.now()
     strengths = attached.run_strengths(None)

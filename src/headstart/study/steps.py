@@ -39,7 +39,7 @@ REMEDY = (
 
 
 class Setting(NamedTuple):
-    """What an experiment runs, and what judges its pictures.
+    """The engine, seeds and plans of an experiment, and the judge of its pictures.
 
     plans  name -> rows
     size   in pixels; None: the model's own

@@ -110,9 +110,9 @@ def best_cases(report: Report) -> dict[str, str]:
 
 
 def _best(report: Report, cases: Sequence[str]) -> str:
-    if good := [case for case in cases if not is_worse(report, case, cases)]:
-        return min(good, key=partial(_variety, report))
-    measure, sign = _right(report, cases)
+    if candidates := [case for case in cases if not is_worse(report, case, cases)]:
+        return min(candidates, key=partial(_variety, report))
+    measure, sign = _quality(report, cases)
     return max(cases, key=lambda case: _value(report, case, measure, sign))
 
 
@@ -121,7 +121,7 @@ def is_worse(report: Report, case: str, among: Iterable[str]) -> bool:
     interval of the difference; beyond both intervals where only these are known, or by the Frechet
     distance where none of the cases `among` it has a score."""
     rows = rows_of(report)
-    measure, sign = _right(report, among)
+    measure, sign = _quality(report, among)
     if sign > 0 and (difference := interval(rows[case].get("score_less_distilled"))) is not None:
         return difference.span[1] < 0
     number, distilled = measure(rows[case]), measure(branch(rows, "distilled"))
@@ -131,8 +131,8 @@ def is_worse(report: Report, case: str, among: Iterable[str]) -> bool:
     return lower.span[1] < higher.span[0]
 
 
-def _right(report: Report, cases: Iterable[str]) -> tuple[Measure, float]:
-    """The measure of how right these cases are, and 1.0 where more is better, else -1.0."""
+def _quality(report: Report, cases: Iterable[str]) -> tuple[Measure, float]:
+    """The measure of these cases' quality, and 1.0 where more is better, else -1.0."""
     rows, spaces = rows_of(report), spaces_of(report)
     score = of_row("score")
     if not spaces or any(score(rows[case]) is not None for case in cases):
@@ -200,9 +200,9 @@ def block(
 
 
 def cost_groups(report: Report) -> list[Block]:
-    """Methods and plans that cost the same stand together: networks in memory, then passes.
+    """Tables of methods and plans of equal cost: by networks in memory, then passes.
 
-    Scores are less the base's, so that 0 is as right as the base.
+    Scores are less the base's, so that 0 is as good as the base.
     """
     spaces, rows = spaces_of(report), rows_of(report)
     cases = part_rows(report, "plans", "methods")
@@ -254,7 +254,7 @@ def table(report: Report) -> str:
 
 
 def legend_of(report: Report) -> list[str]:
-    """What the numbers of the main table are."""
+    """Explanations of the numbers of the main table."""
     first = f"{intervals_of(report)} Recovered: 0 % is the distilled model, 100 % the base."
     return [first, BEST] if best_cases(report) else [first]
 

@@ -226,11 +226,11 @@ def _presences(cell: Arrays, plan: str, rate: float) -> list[tuple[Presence, Pre
 
 def _shares(present: Presence) -> dict[str, Array]:
     """Of courses: the share that is there at each step [S], at any, and at one but not the last."""
-    at_any_step = present.any(0)
+    ever = present.any(0)
     return {
         "there": present.mean(1),
-        "ever": np.asarray(at_any_step.mean()),
-        "dropped": np.asarray((at_any_step & ~present[-1]).mean()),
+        "ever": np.asarray(ever.mean()),
+        "dropped": np.asarray((ever & ~present[-1]).mean()),
     }
 
 

@@ -1,1 +1,1 @@
-"""Many cases from a file into a folder, at any moment ended and gone on with; what it is worth."""
+"""Many cases from a file into a folder, with interruptions at any moment; numbers of folders."""

@@ -290,7 +290,6 @@ def _json(spread: Spread | None) -> dict[str, Any] | None:
 
 
 def _ends(over_prompts: Interval | None, over_seeds: Interval | None) -> dict[str, Any]:
-    """Both intervals for JSON."""
     return {
         f"{name}_95": None if interval is None else interval.rounded(6)[1:]
         for name, interval in (("over_prompts", over_prompts), ("over_seeds", over_seeds))
