@@ -98,23 +98,23 @@ def flat(module: str) -> str:
 
 def kohya(changes: Changes, *, ldm: bool = False, single: bool = False) -> Tensors:
     """github.com/kohya-ss/sd-scripts: underscores, an alpha; SDXL's UNet has LDM's names."""
-    found: Tensors = {}
+    tensors: Tensors = {}
     names = keymap.unet_to_ldm(UNET) if ldm else {}
     for (network, module), (down, up) in changes.items():
         prefix = "lora_te_" if single and network == "text" else FLAT[network]
         flat = prefix + names.get(module, module).replace(".", "_")
-        found |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
-        found[f"{flat}.alpha"] = torch.tensor(1.5)
-    return found
+        tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+        tensors[f"{flat}.alpha"] = torch.tensor(1.5)
+    return tensors
 
 
 def dotted(changes: Changes, down: str, up: str, text: tuple[str, str] | None = None) -> Tensors:
-    found: Tensors = {}
+    tensors: Tensors = {}
     for (network, module), (a, b) in changes.items():
         ends = (down, up) if network == "unet" or text is None else text
         name = DOTTED[network] + module
-        found |= {f"{name}.{ends[0]}.weight": a, f"{name}.{ends[1]}.weight": b}
-    return found
+        tensors |= {f"{name}.{ends[0]}.weight": a, f"{name}.{ends[1]}.weight": b}
+    return tensors
 
 
 def one(**replaced: Tensor | None) -> Tensors:
@@ -128,11 +128,11 @@ def one(**replaced: Tensor | None) -> Tensors:
 
 
 def layers_of(network: nn.Module, part: str) -> dict[str, nn.Linear | nn.Conv2d]:
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for path, layer in network.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and part in path:
-            found[path] = layer
-    return found
+            layers[path] = layer
+    return layers
 
 
 def random_lora(
@@ -158,9 +158,9 @@ def merge(delta: Delta, weight: Tensor, strength: float) -> Tensor:
 
 def merge_bias(delta: Dense, bias: Tensor, strength: float) -> Tensor:
     """The bias that a layer runs on."""
-    found = _merged(replace(delta, tensors={}), torch.zeros(len(bias), 1), bias, strength).bias
-    assert found is not None
-    return found
+    change = _merged(replace(delta, tensors={}), torch.zeros(len(bias), 1), bias, strength).bias
+    assert change is not None
+    return change
 
 
 def _merged(delta: Delta, weight: Tensor, bias: Tensor | None, strength: float) -> Weights:

@@ -49,9 +49,9 @@ def run_of(seed: int, k: int = 2, steps: int = 5, guidance: float = 1.0, count: 
 
 
 def served(batch: hs.Batch) -> dict[hs.Run, list[hs.State]]:
-    found: dict[hs.Run, list[hs.State]] = {}
+    results: dict[hs.Run, list[hs.State]] = {}
     while batch:
         for run, state, error in batch.step():
             assert error is None and state is not None
-            found.setdefault(run, []).append(state)
-    return found
+            results.setdefault(run, []).append(state)
+    return results

@@ -153,12 +153,12 @@ class Model:
 
     def _folder(self, root: Path, layout: str, bare: bool) -> None:
         variant = ".fp16" if layout == "fp16" else ""
-        places: list[tuple[str, str, nn.Module]] = [("unet", UNET_FILE, self.unet)]
+        parts: list[tuple[str, str, nn.Module]] = [("unet", UNET_FILE, self.unet)]
         if not bare:
             texts = zip(("text_encoder", "text_encoder_2"), self.towers, strict=False)
-            places.append(("vae", UNET_FILE, self.vae))
-            places += [(folder, "model", tower) for folder, tower in texts]
-        for folder, stem, network in places:
+            parts.append(("vae", UNET_FILE, self.vae))
+            parts += [(folder, "model", tower) for folder, tower in texts]
+        for folder, stem, network in parts:
             where, tensors = root / folder, halved(network.state_dict())
             where.mkdir(parents=True)
             (where / "config.json").write_text(json.dumps(self._config(network)))
@@ -206,10 +206,10 @@ def prefixed(tensors: Tensors, prefix: str) -> Tensors:
 def sharded(tensors: Tensors, folder: Path, stem: str) -> None:
     """Two files and their index."""
     names, table = sorted(tensors), dict[str, str]()
-    for number, held in enumerate((names[::2], names[1::2]), start=1):
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
         file = f"{stem}-{number:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in held}, folder / file)
-        table |= dict.fromkeys(held, file)
+        save_file({name: tensors[name] for name in part}, folder / file)
+        table |= dict.fromkeys(part, file)
     index = folder / f"{stem}.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": table}))
 
@@ -219,15 +219,15 @@ def sharded(tensors: Tensors, folder: Path, stem: str) -> None:
 
 def ldm_unet(tensors: Tensors) -> Tensors:
     """The UNet of a `Model`, two levels with one resnet each, under the names of LDM files."""
-    found: Tensors = {}
+    renamed: Tensors = {}
     for name, tensor in tensors.items():
         ours = next(ours for ours in _UNET if name.startswith(ours + "."))
         rest = name.removeprefix(ours + ".")
         if ".resnets." in f".{ours}.":
             inner, leaf = rest.split(".")
             rest = f"{_RESNET[inner]}.{leaf}"
-        found[f"{_UNET[ours]}.{rest}"] = tensor
-    return found
+        renamed[f"{_UNET[ours]}.{rest}"] = tensor
+    return renamed
 
 
 def ldm_vae(tensors: Tensors) -> Tensors:
@@ -235,7 +235,7 @@ def ldm_vae(tensors: Tensors) -> Tensors:
     names = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     ups = [name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")]
     last = max(map(int, ups))
-    found: Tensors = {}
+    renamed: Tensors = {}
     for name, tensor in tensors.items():
         half, _, rest = name.partition(".")
         if rest.startswith("mid_block.attentions.0."):
@@ -253,8 +253,8 @@ def ldm_vae(tensors: Tensors) -> Tensors:
             rest = f"up.{last - int(level)}."
             rest += (f"block.{i}" if kind == "resnets" else "upsample") + f".{leaf}"
         rest = rest.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-        found[f"{half}.{rest}"] = tensor.contiguous()
-    return found
+        renamed[f"{half}.{rest}"] = tensor.contiguous()
+    return renamed
 
 
 def openclip(state: Tensors, one_more: bool = False) -> Tensors:
@@ -263,7 +263,7 @@ def openclip(state: Tensors, one_more: bool = False) -> Tensors:
     `one_more` adds the last layer that SD2.1's files carry and never run.
     """
     width = state["text_model.final_layer_norm.weight"].shape[0]
-    found: Tensors = {
+    tensors: Tensors = {
         "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
         "ln_final.weight": state["text_model.final_layer_norm.weight"],
@@ -274,10 +274,10 @@ def openclip(state: Tensors, one_more: bool = False) -> Tensors:
     inner = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"}
     inner |= {"mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
     count = len({name.split(".")[3] for name in state if ".encoder.layers." in name})
-    for place, layer in enumerate([*range(count), *([0] if one_more else [])]):
-        ours, theirs = f"text_model.encoder.layers.{layer}.", f"transformer.resblocks.{place}."
+    for position, layer in enumerate([*range(count), *([0] if one_more else [])]):
+        ours, theirs = f"text_model.encoder.layers.{layer}.", f"transformer.resblocks.{position}."
         for leaf in ("weight", "bias"):
             parts = [state[f"{ours}self_attn.{q}_proj.{leaf}"] for q in "qkv"]
-            found[f"{theirs}attn.in_proj_{leaf}"] = torch.cat(parts)
-            found |= {f"{theirs}{b}.{leaf}": state[f"{ours}{a}.{leaf}"] for a, b in inner.items()}
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+            tensors[f"{theirs}attn.in_proj_{leaf}"] = torch.cat(parts)
+            tensors |= {f"{theirs}{b}.{leaf}": state[f"{ours}{a}.{leaf}"] for a, b in inner.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

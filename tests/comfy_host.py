@@ -202,8 +202,8 @@ class _KSamplerX0Inpaint:
         if denoise_mask is None:
             return self.inner_model(x, sigma, **options)
         sampling = self.inner_model.inner_model.model_sampling
-        kept = sampling.noised(sigma.reshape(-1, 1, 1, 1), self.noise, self.latent_image)
-        x0 = self.inner_model(denoise_mask * x + (1 - denoise_mask) * kept, sigma, **options)
+        noised = sampling.noised(sigma.reshape(-1, 1, 1, 1), self.noise, self.latent_image)
+        x0 = self.inner_model(denoise_mask * x + (1 - denoise_mask) * noised, sigma, **options)
         return denoise_mask * x0 + (1 - denoise_mask) * self.latent_image
 
     noise: Tensor
@@ -241,8 +241,12 @@ class _CFGGuider:
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: Any, seed: Any) -> Tensor:
         conds = [self.conds["positive"]] + [self.conds["negative"]] * (self.cfg != 1)
-        found = [self._predicted(x, sigma, cond.expand(len(x), -1, -1)) for cond in conds]
-        return found[0] if self.cfg == 1 else found[1] + self.cfg * (found[0] - found[1])
+        predictions = [self._predicted(x, sigma, cond.expand(len(x), -1, -1)) for cond in conds]
+        return (
+            predictions[0]
+            if self.cfg == 1
+            else predictions[1] + self.cfg * (predictions[0] - predictions[1])
+        )
 
     def _predicted(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
         sampling = self.inner_model.model_sampling

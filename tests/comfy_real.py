@@ -41,18 +41,18 @@ class Real:
         self.interrupted = comfy.model_management.InterruptProcessingException
 
     def model(self, kind: str, seed: int) -> Any:
-        made = self._flux() if kind == "flux" else self._unet(kind)
-        network = made.diffusion_model.eval()
+        loaded = self._flux() if kind == "flux" else self._unet(kind)
+        network = loaded.diffusion_model.eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weights in network.parameters():
                 weights.normal_(std=0.1, generator=generator)
             last = network.final_layer.linear if kind == "flux" else network.out[2]
-            cond = hs.Conditioning(POSITIVE, self._pooled(made, POOLED[0])).expand(SHAPE[0])
+            cond = hs.Conditioning(POSITIVE, self._pooled(loaded, POOLED[0])).expand(SHAPE[0])
             time = torch.full((SHAPE[0],), 500.0)
-            last.weight /= self._asked(made, start(9), time, cond).std()  # so that it counts
+            last.weight /= self._predicted(loaded, start(9), time, cond).std()  # so that it counts
         cpu = torch.device("cpu")
-        return self.comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
+        return self.comfy.model_patcher.ModelPatcher(loaded, load_device=cpu, offload_device=cpu)
 
     def _unet(self, kind: str) -> Any:
         config = {
@@ -63,19 +63,19 @@ class Real:
             **{"use_spatial_transformer": True, "use_linear_in_transformer": kind == "sdxl"},
             **{"adm_in_channels": None, "dtype": torch.float32},
         }
-        base, known = self.comfy.model_base, self.comfy.supported_models
+        base, supported = self.comfy.model_base, self.comfy.supported_models
         if kind == "sdxl":
             config |= {"adm_in_channels": 6 * 256 + WIDTH, "num_classes": "sequential"}
-            settings = known.SDXL(config)
+            settings = supported.SDXL(config)
             settings.unet_config["num_head_channels"] = 16  # its own 64 are more than are here
             return base.SDXL(settings, device="cpu")
         names = {"eps": "EPS", "v": "V_PREDICTION", "flow": "FLOW", "edm": "EDM", "x0": "EPS"}
-        made = base.BaseModel(known.SD15(config), base.ModelType[names[kind]], device="cpu")
+        model = base.BaseModel(supported.SD15(config), base.ModelType[names[kind]], device="cpu")
         if kind == "x0":
             sampling = self.comfy.model_sampling
             kinds = (sampling.X0, sampling.ModelSamplingDiscrete)
-            made.model_sampling.__class__ = type("X0", kinds, {})
-        return made
+            model.model_sampling.__class__ = type("X0", kinds, {})
+        return model
 
     def _flux(self) -> Any:
         """With four channels, as the tests' latents have."""
@@ -88,21 +88,23 @@ class Real:
         }
         if "txt_ids_dims" in self.comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
             config["txt_ids_dims"] = []  # in 0.8, not in 0.3.64
-        made = self.comfy.model_base.Flux(self.comfy.supported_models.Flux(config), device="cpu")
-        made.latent_format = self.comfy.latent_formats.SD15()
-        return made
+        model = self.comfy.model_base.Flux(self.comfy.supported_models.Flux(config), device="cpu")
+        model.latent_format = self.comfy.latent_formats.SD15()
+        return model
 
-    def _pooled(self, made: Any, pooled: Tensor) -> Tensor | None:
+    def _pooled(self, model: Any, pooled: Tensor) -> Tensor | None:
         """What the network is told of the pooled text, and of the size where it is SDXL's."""
-        return made.encode_adm(pooled_output=pooled, width=64, height=64, device="cpu")
+        return model.encode_adm(pooled_output=pooled, width=64, height=64, device="cpu")
 
-    def _asked(self, made: Any, x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
-        flux = hasattr(made.diffusion_model, "final_layer")
+    def _predicted(
+        self, model: Any, x_in: Tensor, timestep: Tensor, cond: hs.Conditioning
+    ) -> Tensor:
+        flux = hasattr(model.diffusion_model, "final_layer")
         time = timestep.float() / (1000 if flux else 1)
-        return made.diffusion_model(x_in, time, context=cond.context, y=cond.pooled)
+        return model.diffusion_model(x_in, time, context=cond.context, y=cond.pooled)
 
     def network(self, model: Any) -> Callable[[Tensor, Tensor, hs.Conditioning], Tensor]:
-        return lambda *args: self._asked(model.model, *args)
+        return lambda *args: self._predicted(model.model, *args)
 
     def pooled(self, model: Any, pooled: Tensor) -> Tensor | None:
         return self._pooled(model.model, pooled)

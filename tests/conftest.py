@@ -47,12 +47,12 @@ def make_ckpt(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     folder = tmp_path_factory.mktemp("checkpoints")
-    made: dict[tuple[str, ...], Path] = {}
+    paths: dict[tuple[str, ...], Path] = {}
 
     def make(name: str, arch: str, form: str, *options: str) -> Path:
         key = (name, arch, form, *options)
-        if key not in made:
-            path = folder / str(len(made)) / name
+        if key not in paths:
+            path = folder / str(len(paths)) / name
             path.parent.mkdir()
             argv = ["--arch", arch, "--format", form, "--out", str(path), *options]
             with (
@@ -63,8 +63,8 @@ def make_ckpt(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
                 warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing to Python
                 patch.setattr(sys, "argv", ["make_ckpt.py", *argv])
                 tool.main()
-            made[key] = path
-        return made[key]
+            paths[key] = path
+        return paths[key]
 
     return make
 
@@ -112,7 +112,7 @@ def hollow(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is read from or written to the user's cache, by commands that tests start neither."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HEADSTART_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -57,8 +57,8 @@ def counted(body: Callable[[], object]) -> Counts:
     FakeTensorMode.cache_clear()
     names = watch.names
 
-    def sum_of(known: Callable[[str], bool]) -> int:
-        return sum(count for name, count in names.items() if known(name))
+    def sum_of(matches: Callable[[str], bool]) -> int:
+        return sum(count for name, count in names.items() if matches(name))
 
     return Counts(
         names.total(),

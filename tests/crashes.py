@@ -99,12 +99,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def finished(folder: Path) -> dict[str, tuple[int, int]]:
     """What the lines say is in place: inode and time of each file. Every line must be true."""
-    found: dict[str, tuple[int, int]] = {}
+    stamps: dict[str, tuple[int, int]] = {}
     for entry in read_entries(folder):
         assert entry.is_intact(folder), f"{entry.file} is recorded and not there"
         stat = (folder / entry.file).stat()
-        found[entry.file] = (stat.st_ino, stat.st_mtime_ns)
-    return found
+        stamps[entry.file] = (stat.st_ino, stat.st_mtime_ns)
+    return stamps
 
 
 def recorded_twice(folder: Path) -> int:
@@ -118,20 +118,20 @@ def points(folder: Path) -> dict[str, object]:
     run(folder / "whole")
     expected, killed = contents(folder / "whole"), 0
     while True:
-        own = folder / f"{killed:03d}"
+        target = folder / f"{killed:03d}"
 
-        def crash(own: Path = own, point: int = killed) -> None:
+        def crash(target: Path = target, point: int = killed) -> None:
             kill_at(point)
-            run(own)
+            run(target)
 
         if wait(fork(crash)):
             break
-        before = finished(own) if own.exists() else {}
-        assert wait(fork(lambda own=own: run(own)))
-        after = finished(own)
+        before = finished(target) if target.exists() else {}
+        assert wait(fork(lambda target=target: run(target)))
+        after = finished(target)
         assert all(after[name] == file for name, file in before.items()), "written twice"
-        assert contents(own) == expected, f"differs after a kill at point {killed}"
-        assert recorded_twice(own) == 0
+        assert contents(target) == expected, f"differs after a kill at point {killed}"
+        assert recorded_twice(target) == 0
         killed += 1
     return {"killed": killed, "images": len(CASES)}
 
@@ -147,26 +147,26 @@ def moments(folder: Path) -> dict[str, object]:
     assert wait(fork(lambda: run(folder / "whole", slow_s=slow_s)))
     lasts_s = time.perf_counter() - begin
     expected = contents(folder / "whole")
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for number in range(240):
-        own, seen = folder / f"{number:03d}", dict[str, tuple[int, int]]()
+        target, stamps = folder / f"{number:03d}", dict[str, tuple[int, int]]()
         for _ in range(1 + number % 2):
-            child = fork(lambda own=own: run(own, slow_s=slow_s))
+            child = fork(lambda target=target: run(target, slow_s=slow_s))
             time.sleep(rng.uniform(0.0, lasts_s))
             os.kill(child, signal.SIGKILL)
             ended = wait(child)
-            now = finished(own) if own.exists() else {}
-            assert all(now[name] == file for name, file in seen.items()), "lost or written twice"
+            now = finished(target) if target.exists() else {}
+            assert all(now[name] == file for name, file in stamps.items()), "lost or written twice"
             if not ended:
-                found["nothing" if not now else "all" if len(now) == len(CASES) else "some"] += 1
-            seen = now
-        run(own)
-        after = finished(own)
-        assert all(after[name] == file for name, file in seen.items()), "written twice"
-        assert contents(own) == expected and recorded_twice(own) == 0
-        if found.total() >= 24 and found["some"] >= 12:
+                outcomes["nothing" if not now else "all" if len(now) == len(CASES) else "some"] += 1
+            stamps = now
+        run(target)
+        after = finished(target)
+        assert all(after[name] == file for name, file in stamps.items()), "written twice"
+        assert contents(target) == expected and recorded_twice(target) == 0
+        if outcomes.total() >= 24 and outcomes["some"] >= 12:
             break
-    return {"killed": found.total(), **found}
+    return {"killed": outcomes.total(), **outcomes}
 
 
 def rank(folder: Path, dies: int | None) -> None:
@@ -190,25 +190,25 @@ def rank(folder: Path, dies: int | None) -> None:
 def ranks(folder: Path, world: int) -> dict[str, object]:
     """The second of `world` ranks is killed; the rest of its share is done by world - 1 ranks."""
     run(folder / "whole")
-    own = folder / "ranks"
+    target = folder / "ranks"
     children = [
-        fork(lambda r=r: run(own, Shard(r, world), slow_s=10.0 if r == 1 else 0.0))
+        fork(lambda r=r: run(target, Shard(r, world), slow_s=10.0 if r == 1 else 0.0))
         for r in range(world)
     ]
     assert all(wait(child) for r, child in enumerate(children) if r != 1)
     os.kill(children[1], signal.SIGKILL)
     assert not wait(children[1])
-    before = finished(own)
-    partly = not (own / "manifest.jsonl").exists()
-    survivors = [fork(lambda r=r: run(own, Shard(r, world - 1))) for r in range(world - 1)]
+    before = finished(target)
+    partly = not (target / "manifest.jsonl").exists()
+    survivors = [fork(lambda r=r: run(target, Shard(r, world - 1))) for r in range(world - 1)]
     assert all([wait(child) for child in survivors])
-    after = finished(own)
+    after = finished(target)
     return {
         "done_before": len(before),
         "partly": partly,
         "kept": all(after[name] == file for name, file in before.items()),
-        "recorded_twice": recorded_twice(own),
-        "equal": contents(own) == contents(folder / "whole"),
+        "recorded_twice": recorded_twice(target),
+        "equal": contents(target) == contents(folder / "whole"),
     }
 
 
@@ -217,5 +217,5 @@ if __name__ == "__main__":
     if what == "rank":
         rank(where, int(sys.argv[3]) if len(sys.argv) > 3 else None)
         sys.exit()
-    found = {"points": points, "moments": moments}.get(what)
-    print(json.dumps(found(where) if found else ranks(where, int(sys.argv[3]))))
+    outcome = {"points": points, "moments": moments}.get(what)
+    print(json.dumps(outcome(where) if outcome else ranks(where, int(sys.argv[3]))))

@@ -30,13 +30,13 @@ def _is_list(value: Any) -> bool:
 def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
         return value
-    found = deepcopy(document)
+    copy = deepcopy(document)
     *way, last = path
-    place = found
+    parent = copy
     for key in way:
-        place = place[key]
-    place[last] = value
-    return found
+        parent = parent[key]
+    parent[last] = value
+    return copy
 
 
 def written(document: Any) -> bytes:

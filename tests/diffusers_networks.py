@@ -33,7 +33,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made(kind: str, **config: Any) -> Any:
+def make(kind: str, **config: Any) -> Any:
     if not hasattr(diffusers, kind):
         pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
     with torch.random.fork_rng():
@@ -42,7 +42,7 @@ def made(kind: str, **config: Any) -> Any:
 
 
 def tiny(name: str, **config: Any) -> Any:
-    return made(FAMILIES[name].kind, **FAMILIES[name].config | config)
+    return make(FAMILIES[name].kind, **FAMILIES[name].config | config)
 
 
 def cond_of(batch: int = BATCH, words: int = 5, seed: int = 1, **extra: Tensor) -> Conditioning:
@@ -51,9 +51,9 @@ def cond_of(batch: int = BATCH, words: int = 5, seed: int = 1, **extra: Tensor) 
     )
 
 
-def far(found: Tensor, expected: Tensor) -> float:
+def far(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, of the largest of what is expected."""
-    return float(((found - expected).abs().max() / expected.abs().max()).detach())
+    return float(((actual - expected).abs().max() / expected.abs().max()).detach())
 
 
 TIMES = torch.tensor([801.0, 801.0])

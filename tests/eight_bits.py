@@ -98,38 +98,38 @@ SCHEMES: dict[str, Callable[[str, Tensor], Tensors]] = {
 
 def written(scheme: str, tensors: Tensors, lead: str = "") -> Written:
     """The file whose matrices under the prefix `lead` have become eight bits."""
-    made: Tensors = {}
+    state: Tensors = {}
     metadata: dict[str, str] = {}
     layers: dict[str, object] = {}
     for name, tensor in tensors.items():
         eight = tensor.ndim == 2 and name.startswith(lead) and name.endswith(".weight")
-        made |= SCHEMES[scheme](name, tensor.float()) if eight else {name: tensor}
+        state |= SCHEMES[scheme](name, tensor.float()) if eight else {name: tensor}
         if eight:
             layers[name.removeprefix(lead).removesuffix(".weight")] = {"format": "float8_e4m3fn"}
     if scheme == "comfy":
-        made[lead + "scaled_fp8"] = torch.zeros(2).to(FLOAT8[0])
+        state[lead + "scaled_fp8"] = torch.zeros(2).to(FLOAT8[0])
     if scheme == "comfy_quant":
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-    return {name: tensor.contiguous() for name, tensor in made.items()}, metadata
+    return {name: tensor.contiguous() for name, tensor in state.items()}, metadata
 
 
 def real(tensors: Tensors) -> Tensors:
     """float32(weight) * float32(scale) of every weight of a file, by its plain name."""
-    made: Tensors = {}
+    state: Tensors = {}
     for name, tensor in tensors.items():
         module = name.removesuffix("weight")
         if name.endswith("._data"):
             scale = tensors[name.removesuffix("_data") + "_scale"].float()
-            made[name.removesuffix("._data")] = tensor.float() * scale
+            state[name.removesuffix("._data")] = tensor.float() * scale
         elif module + "SCB" in tensors and name.endswith(".weight"):
-            made[name] = tensor.float() * (tensors[module + "SCB"] / 127)[:, None]
+            state[name] = tensor.float() * (tensors[module + "SCB"] / 127)[:, None]
         elif name.endswith(".weight") and {name + "_scale", module + "scale_weight"} & set(tensors):
             scale = tensors.get(name + "_scale", tensors.get(module + "scale_weight"))
             assert scale is not None
-            made[name] = tensor.float() * scale
+            state[name] = tensor.float() * scale
         elif not name.endswith(ENDINGS):
-            made[name] = tensor
-    return made
+            state[name] = tensor
+    return state
 
 
 ENDINGS = (

@@ -36,15 +36,15 @@ TWO = ClipParams(width=40, layers=3, heads=5, mlp_width=56, act="gelu", projecti
 def tower(params: ClipParams, rule: TextRule, seed: int = 0) -> Tower:
     """Random weights large enough that positions and tokens matter."""
     torch.manual_seed(seed)
-    made = Tower(params, rule).requires_grad_(False).eval()
-    for tensor in made.state_dict().values():
+    network = Tower(params, rule).requires_grad_(False).eval()
+    for tensor in network.state_dict().values():
         tensor += 0.1 * torch.randn_like(tensor)
-    return made
+    return network
 
 
-def reference(made: Tower) -> Any:
+def reference(tower: Tower) -> Any:
     """The library's own model with the same weights, told nothing by our rules."""
-    p = made.params
+    p = tower.params
     config = transformers.CLIPTextConfig(
         vocab_size=p.vocabulary,
         hidden_size=p.width,
@@ -57,7 +57,7 @@ def reference(made: Tower) -> Any:
         eos_token_id=2,
     )
     model = transformers.CLIPTextModelWithProjection(config).eval()
-    state = dict(made.state_dict())
+    state = dict(tower.state_dict())
     state.setdefault("text_projection.weight", torch.zeros(config.projection_dim, p.width))
     model.load_state_dict(state)
     return model
@@ -99,14 +99,14 @@ FAMILY_TOWERS = {
 def written_towers(family: str) -> list[Tower]:
     """Encoders that read CLIP's own vocabulary; their weights come from numpy, by name, so that
     they are the same wherever numbers of other programs are recorded."""
-    made: list[Tower] = []
+    towers: list[Tower] = []
     for params, rule in zip(FAMILY_TOWERS[family], FAMILIES[family].text, strict=True):
         one = Tower(params, rule).requires_grad_(False).eval()
         for name, tensor in one.state_dict().items():
-            drawn = np.random.default_rng(zlib.crc32(f"{family} {params.width} {name}".encode()))
-            noise = torch.from_numpy(drawn.standard_normal(tensor.shape, dtype=np.float32))
+            rng = np.random.default_rng(zlib.crc32(f"{family} {params.width} {name}".encode()))
+            noise = torch.from_numpy(rng.standard_normal(tensor.shape, dtype=np.float32))
             tensor.copy_(
                 0.15 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
             )
-        made.append(one)
-    return made
+        towers.append(one)
+    return towers

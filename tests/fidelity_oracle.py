@@ -12,8 +12,8 @@ def frechet(features_a: Array, features_b: Array) -> float:
 
     The singular values of L R' are those of (L'L)^1/2 (R'R)^1/2, without the rounding of roots.
     """
-    a, b = (own - own.mean(0) for own in (features_a, features_b))
-    left, right = (own / np.sqrt(len(own) - 1) for own in (a, b))
+    a, b = (features - features.mean(0) for features in (features_a, features_b))
+    left, right = (features / np.sqrt(len(features) - 1) for features in (a, b))
     cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
     spread = np.square(left).sum() + np.square(right).sum()
     apart = np.square(features_a.mean(0) - features_b.mean(0)).sum()

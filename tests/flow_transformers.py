@@ -126,13 +126,13 @@ def z_image_pipeline(
     pos + s*(pos - neg), which is ours at 1 + s."""
     timestep = (1000 - t.expand(z.shape[0])) / 1000
     embeds = [row for part in reversed(words) for row in part.context]
-    made = model(
+    network = model(
         list(z.repeat(len(words), 1, 1, 1).unsqueeze(2).unbind(dim=0)),
         timestep.repeat(len(words)),
         embeds,
         return_dict=False,
     )[0]
-    pos, neg = torch.stack(made[: len(z)]), made[len(z) :]
+    pos, neg = torch.stack(network[: len(z)]), network[len(z) :]
     pred = pos if not neg else pos + (GUIDANCE - 1.0) * (pos - torch.stack(neg))
     return -pred.squeeze(2)
 

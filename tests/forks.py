@@ -47,11 +47,11 @@ def outcome(work: Callable[[], object]) -> str:
 
 
 def in_a_thread(work: Callable[[], object]) -> None:
-    found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(work()))
+    replies: list[object] = []
+    thread = threading.Thread(target=lambda: replies.append(work()))
     thread.start()
     thread.join()
-    assert found, "the thread raised"
+    assert replies, "the thread raised"
 
 
 def images(engine: hs.Engine) -> torch.Tensor:

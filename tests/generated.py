@@ -77,8 +77,8 @@ def _generated(graph: torch.fx.GraphModule, examples: list[Any]) -> str:
         code: Any = lowering.codegen()[0]
         raise _GeneratedError(getattr(code, "value", code))
 
-    known = {name: H100[name] for name in DeviceProperties._fields if name in H100}
-    created = DeviceProperties(type="cuda", index=0, cc=90, **known)
+    properties = {name: H100[name] for name in DeviceProperties._fields if name in H100}
+    created = DeviceProperties(type="cuda", index=0, cc=90, **properties)
     device = SimpleNamespace(**H100)
     patches = [
         mock.patch("torch.cuda.get_device_properties", lambda _=None: device),

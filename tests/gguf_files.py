@@ -88,7 +88,7 @@ def _q4_k(block: bytes) -> Numbers:
     """f16 d, f16 dmin, 8 scales and 8 minima of six bits, 256 nibbles: d*scale*q - dmin*min."""
     d, least = struct.unpack("<ee", block[:4])
     packed, nibbles = block[4:16], block[16:]
-    found: list[float] = []
+    numbers: list[float] = []
     for group in range(8):
         if group < 4:
             scale, low = packed[group] & 63, packed[group + 4] & 63
@@ -97,5 +97,5 @@ def _q4_k(block: bytes) -> Numbers:
             low = (packed[group + 4] >> 4) | (packed[group] >> 6 << 4)
         half = nibbles[group // 2 * 32 : group // 2 * 32 + 32]
         values = (byte >> 4 if group % 2 else byte & 15 for byte in half)
-        found += [d * scale * q - least * low for q in values]
-    return np.array(found)
+        numbers += [d * scale * q - least * low for q in values]
+    return np.array(numbers)

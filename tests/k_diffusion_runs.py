@@ -16,7 +16,7 @@ ROUNDINGS = 16
 """Of a row in float32: of x, x0 and their difference, each times a rounded coefficient."""
 
 
-def drawn(batch: int = 3, seed: int = 1) -> Tensor:
+def noise(batch: int = 3, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, *SHAPE, generator=generator, dtype=torch.float64)
 

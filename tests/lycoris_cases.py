@@ -69,12 +69,12 @@ _OFT = {"oft_blocks": (4, 4, 4)}
 
 def modules() -> dict[str, Module]:
     """Every kind on both layers where it has both."""
-    found = {"locon_core": Module("conv", "locon", {"use_tucker": True}, _CORES)}
-    found["loha_cores"] = Module("conv", "loha", {"use_tucker": True}, _TUCKER)
-    found["lokr_core"] = Module("conv", "lokr", {"lora_dim": 1, "use_tucker": True}, _KRON_CORE)
+    cases = {"locon_core": Module("conv", "locon", {"use_tucker": True}, _CORES)}
+    cases["loha_cores"] = Module("conv", "loha", {"use_tucker": True}, _TUCKER)
+    cases["lokr_core"] = Module("conv", "lokr", {"lora_dim": 1, "use_tucker": True}, _KRON_CORE)
     for layer, shape in LAYERS.items():
         rows = (shape[0], *[1] * (len(shape) - 1))
-        found |= {
+        cases |= {
             f"locon_{layer}": Module(layer, "locon", _SCALAR, _lora(layer)),
             f"loha_{layer}": Module(layer, "loha", _SCALAR, _loha(layer)),
             f"lokr_{layer}": Module(layer, "lokr", {"lora_dim": 1, **_SCALAR}, _lokr(layer)),
@@ -100,7 +100,7 @@ def modules() -> dict[str, Module]:
                 {"weight": (1, 12, 1, 1) if layer == "conv" else (12,)},
             ),
         }
-    return found
+    return cases
 
 
 def strengths(module: Module) -> tuple[float, ...]:

@@ -36,11 +36,11 @@ def sample() -> Tensors:
 
 
 def same(path: Path, expected: Tensors) -> None:
-    found = load_file(path)
-    assert found.keys() == expected.keys()
+    tensors = load_file(path)
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
 
 
 class Malicious:

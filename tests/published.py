@@ -37,19 +37,19 @@ def seeded(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
 
     Variances and the weights of norms lie around 1, `lin` weights are at least 0.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = rng.random(shape, dtype=np.float32)
         if name.startswith("lin"):
-            found[name] = torch.from_numpy(values)
+            tensors[name] = torch.from_numpy(values)
             continue
         values = 2.0 * values - 1.0
         norm = len(shape) == 1 and name.endswith(("weight", "running_var", "gamma"))
         inputs = int(np.prod(shape[1:])) if len(shape) > 1 else 1
         scale = np.float32(0.1 if len(shape) < 2 else (6.0 / inputs) ** 0.5)
-        found[name] = torch.from_numpy(1.0 + 0.5 * values if norm else scale * values)
-    return found
+        tensors[name] = torch.from_numpy(1.0 + 0.5 * values if norm else scale * values)
+    return tensors
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -172,7 +172,7 @@ def _backbones(variant: str, width: int) -> dict[str, dict[str, Any]]:
     }
     dino = {"checkpoints/dino_vitbase16_pretrain.pth": vit_tensors(1, width=width)}
     plain = vit_tensors(4, width=width)
-    known: dict[str, dict[str, dict[str, Any]]] = {
+    layouts: dict[str, dict[str, dict[str, Any]]] = {
         "ensemble": {**dino, **clip16},
         "dino_vitb16": {**dino},
         "dinov2_vitb14": {
@@ -192,7 +192,7 @@ def _backbones(variant: str, width: int) -> dict[str, dict[str, Any]]:
             for seed, name in ((6, "clip"), (7, "open_clip"))
         },
     }
-    return known[kind]
+    return layouts[kind]
 
 
 def reward_tensors(width: int = WIDTH, layers: int = 2) -> dict[str, Tensor]:

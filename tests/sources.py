@@ -35,12 +35,12 @@ class Import(NamedTuple):
 
 def read_sources() -> dict[str, str]:
     """Dotted module name -> source text of everything that goes into the wheel."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for root in ROOTS:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
-    return found
+            sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return sources
 
 
 @cache

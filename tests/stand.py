@@ -179,9 +179,9 @@ def hybrid(
     return Plan(tuple(legs)).compile(SCHEDULE)
 
 
-def held(kind: Callable[[], Stand]) -> Generator[Stand]:
+def standing(kind: Callable[[], Stand]) -> Generator[Stand]:
     """A stand whose every access to memory is checked. Layers are torch's own on both sides, but
     where a test asks for kernels: their bits differ."""
-    found = kind()
-    with found.cuda.running(), fusion(False):
-        yield found
+    stand = kind()
+    with stand.cuda.running(), fusion(False):
+        yield stand

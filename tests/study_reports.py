@@ -18,24 +18,24 @@ def about(value: float | None, half: float | None = None) -> Json | None:
     return {"value": value, "low": low, "high": high}
 
 
-def row(part: str, diversity: float, **own: Any) -> Json:
+def row(part: str, diversity: float, **fields: Any) -> Json:
     """One case, from 0.1 (the distilled model) to 0.3 (the base)."""
     back = (diversity - 0.1) / 0.2
     return {
         "part": part,
-        "about": own.get("about", "what it is"),
-        "at": own.get("at"),
-        "method": own.get("method"),
-        "passes": own.get("passes", 4.0),
-        "networks": own.get("networks", 1),
+        "about": fields.get("about", "what it is"),
+        "at": fields.get("at"),
+        "method": fields.get("method"),
+        "passes": fields.get("passes", 4.0),
+        "networks": fields.get("networks", 1),
         "images": 48,
-        "seconds": own.get("seconds", 0.084),
+        "seconds": fields.get("seconds", 0.084),
         "spaces": {
             MAIN: {
                 "diversity": about(diversity, 0.011),
                 "vendi": about(1 + 8 * diversity, 0.21),
                 "recovered": about(back, 0.07),
-                "frechet": about(own.get("frechet", 0.061), 0.0042),
+                "frechet": about(fields.get("frechet", 0.061), 0.0042),
             },
             SECOND: {
                 "diversity": about(diversity / 3, 0.004),
@@ -44,8 +44,8 @@ def row(part: str, diversity: float, **own: Any) -> Json:
                 "frechet": None,
             },
         },
-        "score": about(own.get("score", 0.72), 0.008),
-        "nearest": about(own.get("nearest", 23.4), 1.3),
+        "score": about(fields.get("score", 0.72), 0.008),
+        "nearest": about(fields.get("nearest", 23.4), 1.3),
     }
 
 
@@ -98,9 +98,9 @@ def few() -> Json:
     """Plans of SDXL and DMD2 alone, in the paper's own space, without text or reference."""
     whole = full()
     rows = {case: whole["rows"][case] for case in ("base", "distilled", "hybrid")}
-    for own in rows.values():
-        own["spaces"] = {"dreamsim": {**own["spaces"][MAIN], "frechet": None}}
-        own |= {"score": None, "nearest": None}
+    for row_ in rows.values():
+        row_["spaces"] = {"dreamsim": {**row_["spaces"][MAIN], "frechet": None}}
+        row_ |= {"score": None, "nearest": None}
     return {
         **whole,
         "pair": {"preset": "dmd2", "lineage": "sdxl", "weights": {}},
@@ -115,14 +115,14 @@ def few() -> Json:
 
 def tiny() -> Json:
     """One prompt, two seeds: no interval anywhere, and a NaN."""
-    found = few()
-    for own in found["rows"].values():
-        for space in own["spaces"].values():
+    report = few()
+    for row_ in report["rows"].values():
+        for space in row_["spaces"].values():
             for name, value in space.items():
                 space[name] = None if value is None else about(value["value"])
             space["recovered"] = None
-    found["rows"]["hybrid"]["seconds"] = float("nan")
-    return {**found, "prompts": ["a fox"], "seeds": {"first": 0, "last": 1, "count": 2}}
+    report["rows"]["hybrid"]["seconds"] = float("nan")
+    return {**report, "prompts": ["a fox"], "seeds": {"first": 0, "last": 1, "count": 2}}
 
 
 def empty() -> Json:
@@ -132,34 +132,34 @@ def empty() -> Json:
 
 def hostile() -> Json:
     """Every text that somebody may have chosen is markup, right-to-left, or no text at all."""
-    found = full()
-    found["rows"] = {
-        case + ("" if own["part"] == "plans" else HOSTILE): {**own, "about": HOSTILE}
-        for case, own in found["rows"].items()
+    report = full()
+    report["rows"] = {
+        case + ("" if row_["part"] == "plans" else HOSTILE): {**row_, "about": HOSTILE}
+        for case, row_ in report["rows"].items()
     }
-    found["prompts"] = [HOSTILE, 'a "fox"\r\n, red', "nul \0 half \ud800"]
-    found["control"]["adapters"][0]["name"] = HOSTILE
-    found["pair"]["preset"] = found["command"] = HOSTILE
-    found["notes"] = [HOSTILE]
-    found["pair"]["weights"] = {HOSTILE: {"file": HOSTILE, "sha256": HOSTILE}}
-    return found
+    report["prompts"] = [HOSTILE, 'a "fox"\r\n, red', "nul \0 half \ud800"]
+    report["control"]["adapters"][0]["name"] = HOSTILE
+    report["pair"]["preset"] = report["command"] = HOSTILE
+    report["notes"] = [HOSTILE]
+    report["pair"]["weights"] = {HOSTILE: {"file": HOSTILE, "sha256": HOSTILE}}
+    return report
 
 
 def many(count: int) -> Json:
     """`count` cases of ten methods."""
-    found = full()
+    report = full()
     for number in range(count):
         diversity = 0.1 + 0.3 * ((number * 37) % 101) / 101
-        found["rows"][f"way{number % 10}:{number}"] = row(
+        report["rows"][f"way{number % 10}:{number}"] = row(
             "methods", diversity, method=f"way{number % 10}", frechet=0.05 + 0.001 * (number % 97)
         )
-    return found
+    return report
 
 
 def only(report: Json, *parts: str) -> Json:
     """The report with no other parts than these."""
     experiments = {name: report[name] for name in EXPERIMENTS if name in parts}
-    rows = {case: own for case, own in report["rows"].items() if own["part"] in parts}
+    rows = {case: row_ for case, row_ in report["rows"].items() if row_["part"] in parts}
     return {**report, **dict.fromkeys(EXPERIMENTS), **experiments, "rows": rows}
 
 
@@ -170,10 +170,10 @@ def _curve() -> Json:
         "seeds": 4,
         "plans": {
             plan: {
-                "passes": [n + 1 for n in range(len(own))],
-                "share": [about(s, 0.03) for s in own],
+                "passes": [n + 1 for n in range(len(share))],
+                "share": [about(s, 0.03) for s in share],
             }
-            for plan, own in shares.items()
+            for plan, share in shares.items()
         },
         "matches": {"distilled": 4},
         "matches_95": {"distilled": [3, 5]},
@@ -185,9 +185,9 @@ def _control() -> Json:
     rows = {
         plan: [
             {"strength": s, "change": about(c, 2.2)}
-            for s, c in zip((-1.0, 0.0, 1.0), own, strict=True)
+            for s, c in zip((-1.0, 0.0, 1.0), change, strict=True)
         ]
-        for plan, own in changes.items()
+        for plan, change in changes.items()
     }
     return {"judge": "clip", "seeds": 4, "adapters": [{"name": "yellow", "plans": rows}]}
 

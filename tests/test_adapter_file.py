@@ -64,24 +64,24 @@ def test_what_does_not_fit_is_listed_and_allowed_only_by_name(tmp_path: Path) ->
     tensors["bundle_emb.cat"] = torch.ones(4)
     file = read_adapter(write(tmp_path / "a.safetensors", tensors))
     networks: Layers = {"unet": UNET, "text": NETWORKS["text"]}
-    found = file.resolve(networks)
-    assert len(found.deltas) == len(ATTENTION) - 1
-    assert len(found.matched) == 3 * len(found.deltas)
-    assert found.mismatched == ((wrong, (OUT, IN), (OUT + 1, IN)),)
+    resolution = file.resolve(networks)
+    assert len(resolution.deltas) == len(ATTENTION) - 1
+    assert len(resolution.matched) == 3 * len(resolution.deltas)
+    assert resolution.mismatched == ((wrong, (OUT, IN), (OUT + 1, IN)),)
     texts = {name for name in tensors if name.startswith("lora_te2_")}
-    assert set(found.unmatched) == texts | {"bundle_emb.cat"}
-    assert len(found.matched) + len(found.unmatched) + 3 == len(tensors), "no key is lost"
+    assert set(resolution.unmatched) == texts | {"bundle_emb.cat"}
+    assert len(resolution.matched) + len(resolution.unmatched) + 3 == len(tensors), "no key is lost"
     with pytest.raises(AdapterError) as caught:
-        found.require()
+        resolution.require()
     message = str(caught.value)
     assert f"1 of another shape: {wrong} [33, 32] instead of [32, 32]" in message
     assert "19 unknown here: " in message and message.count("lora_te2_") == 3
     assert "--allow 'lora_te2_text_model_encoder_layers_*'" in message
     assert "--allow 'bundle_emb.cat'" in message and len(message) < 1000
     with pytest.raises(AdapterError, match=r"fit, but 1 of another shape: [^;]*\. Attach"):
-        found.require(allow=("lora_te2_*", "bundle_emb.*"))
-    assert found.require(allow=("lora_te2_*", "bundle_emb.*", wrong)) is found
-    assert found.require(allow=("*",)) is found
+        resolution.require(allow=("lora_te2_*", "bundle_emb.*"))
+    assert resolution.require(allow=("lora_te2_*", "bundle_emb.*", wrong)) is resolution
+    assert resolution.require(allow=("*",)) is resolution
 
 
 def test_files_that_are_no_adapters_are_refused(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_every_full_size_key_set_finds_all_its_layers(shared: Path, tmp_path: Pa
         assert len(match.owners) == len(adapter.groups), name
         other = networks["sdxl" if family == "sd15" else "sd15"]
         try:
-            found = adapter.match(other)
+            result = adapter.match(other)
         except AdapterError as error:
             assert "expected an adapter for" in str(error), name
         else:  # self-attention alone does not tell the family
-            assert found.unmatched or found.mismatched, name
+            assert result.unmatched or result.mismatched, name
         assert ("slider" in name) == (adapter.form is AdapterForm.SLIDER), name
 
 
@@ -191,6 +191,6 @@ def test_real_files_resolve_completely(
     name: str, form: AdapterForm, layers: int, shared: Path
 ) -> None:
     file = read_adapter(shared / "data" / "lora" / f"{name}.safetensors")
-    found = file.resolve(full_size(shared, "sd15")).require()
-    assert file.form is form and found.rank == 4
-    assert len(found.deltas) == layers == len(file.groups)
+    resolution = file.resolve(full_size(shared, "sd15")).require()
+    assert file.form is form and resolution.rank == 4
+    assert len(resolution.deltas) == layers == len(file.groups)

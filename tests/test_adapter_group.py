@@ -47,8 +47,8 @@ def test_tucker_cores_become_low_rank_changes(tmp_path: Path) -> None:
     factors = {"down": down, "mid": core, "up": up}
     tensors = {f"{name}.lora_{slot}.weight": tensor for slot, tensor in factors.items()}
     tensors[f"{name}.alpha"] = torch.tensor(2.0)
-    found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
-    delta = found.deltas["unet", conv]
+    resolution = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
+    delta = resolution.deltas["unet", conv]
     assert isinstance(delta, LowRank) and delta.rank == 3
     assert delta.scale == 2 / 4  # LyCORIS divides by the rank of `down`
     oracle = torch.einsum(
@@ -94,10 +94,10 @@ def test_forms_without_a_low_rank_path_are_merged(name: str, tmp_path: Path) -> 
     form, dense, tensors, change = dense_cases()[name]
     file = read_adapter(write(tmp_path / "a.safetensors", tensors))
     assert file.form is form
-    found = file.resolve(NETWORKS).require()
-    delta = found.deltas["unet", ATTENTION[0]]
+    resolution = file.resolve(NETWORKS).require()
+    delta = resolution.deltas["unet", ATTENTION[0]]
     assert isinstance(delta, Dense) and delta.kind is dense
-    assert found.rank == (2 if any(key[-2:] in ("_a", "_b") for key in tensors) else 0)
+    assert resolution.rank == (2 if any(key[-2:] in ("_a", "_b") for key in tensors) else 0)
     ours = delta.change(torch.zeros(UNET[ATTENTION[0]]))
     assert (ours - change).abs().max() <= 16 * 2.0**-24 * change.abs().max()
 
@@ -166,14 +166,16 @@ def test_a_full_difference_reaches_biases_and_norms(tmp_path: Path) -> None:
         f"{flat(norm)}.b_norm": torch.randn(UNET[norm]),
         f"{flat(CONVS[1])}.diff_b": torch.randn(UNET[CONVS[1]][0]),
     }
-    found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+    resolution = (
+        read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+    )
     for module, bias in ((conv, "diff_b"), (norm, "b_norm"), (CONVS[1], "diff_b")):
-        delta = found.deltas["unet", module]
+        delta = resolution.deltas["unet", module]
         assert isinstance(delta, Dense) and delta.kind is FULL
-        own = torch.zeros(UNET[module][0])
-        assert torch.equal(merge_bias(delta, own, 1.0), tensors[f"{flat(module)}.{bias}"])
+        zeros = torch.zeros(UNET[module][0])
+        assert torch.equal(merge_bias(delta, zeros, 1.0), tensors[f"{flat(module)}.{bias}"])
     zero = torch.zeros(UNET[norm])
-    norm_delta = found.deltas["unet", norm]
+    norm_delta = resolution.deltas["unet", norm]
     assert isinstance(norm_delta, Dense)
     assert torch.equal(merge(norm_delta, zero, 2.0), 2 * tensors[f"{flat(norm)}.w_norm"])
 
@@ -186,9 +188,9 @@ def test_custom_diffusion_holds_whole_keys_and_values(tmp_path: Path) -> None:
     }
     file = read_adapter(write(tmp_path / "a.safetensors", tensors))
     assert file.form is AdapterForm.CUSTOM_DIFFUSION
-    found = file.resolve(NETWORKS).require()
-    assert {module for _, module in found.deltas} == set(CROSS)
-    delta = found.deltas["unet", CROSS[0]]
+    resolution = file.resolve(NETWORKS).require()
+    assert {module for _, module in resolution.deltas} == set(CROSS)
+    delta = resolution.deltas["unet", CROSS[0]]
     assert isinstance(delta, Dense) and delta.kind is WHOLE
     weight = torch.zeros(UNET[CROSS[0]])
     assert torch.equal(merge(delta, weight, 1.0), next(iter(tensors.values())))
@@ -251,14 +253,14 @@ def test_a_wrong_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
 def test_alpha_may_be_an_integer_of_any_width(tmp_path: Path) -> None:
     for dtype in (torch.int64, torch.int32, torch.uint8, torch.float16, torch.bfloat16):
         tensors = one(alpha=torch.tensor(6, dtype=dtype))
-        found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
-        (delta,) = found.deltas.values()
+        resolution = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
+        (delta,) = resolution.deltas.values()
         assert isinstance(delta, LowRank) and delta.scale == 2.0
 
 
 def test_no_alpha_anywhere_means_a_scale_of_one(tmp_path: Path) -> None:
-    found = read_adapter(write(tmp_path / "a.safetensors", one(alpha=None))).resolve(NETWORKS)
-    (delta,) = found.deltas.values()
+    resolution = read_adapter(write(tmp_path / "a.safetensors", one(alpha=None))).resolve(NETWORKS)
+    (delta,) = resolution.deltas.values()
     assert isinstance(delta, LowRank) and delta.scale == 1.0
 
 
@@ -266,8 +268,8 @@ def test_a_bias_or_a_norm_of_the_wrong_layer_is_a_mismatch(tmp_path: Path) -> No
     name = flat(CONVS[0])
     for slot, shape in (("diff", UNET[CONVS[0]][:1]), ("diff_b", (3,)), ("w_norm", (3,))):
         tensors = one() | {f"{name}.{slot}": torch.ones(shape)}
-        found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
-        assert found.mismatched == ((name, UNET[CONVS[0]], shape),), slot
+        resolution = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
+        assert resolution.mismatched == ((name, UNET[CONVS[0]], shape),), slot
 
 
 def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(
@@ -283,17 +285,17 @@ def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(
         )
     )
     path = write(tmp_path / "a.safetensors", first | second | third)
-    found = read_adapter(path).resolve(NETWORKS).require()
-    scales = {d.scale for d in found.deltas.values() if isinstance(d, LowRank)}
-    assert len(found.deltas) == 3 and scales == {2.0, 1.0}
+    resolution = read_adapter(path).resolve(NETWORKS).require()
+    scales = {d.scale for d in resolution.deltas.values() if isinstance(d, LowRank)}
+    assert len(resolution.deltas) == 3 and scales == {2.0, 1.0}
     name = flat(ATTENTION[0]).removesuffix("attn1_to_q")
-    assert found.notes == describe_adapter(path).notes == (
+    assert resolution.notes == describe_adapter(path).notes == (
         f"1 of 3 modules have no alpha (such as {name}attn1_to_k): their scale is 1",
         f"1 of 3 modules have an alpha of 0 (such as {name}attn1_to_v): their scale is 1",
     )  # fmt: skip
     assert main(["inspect", str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert all(f"note        {note}" in shown for note in found.notes)
+    output = capsys.readouterr().out
+    assert all(f"note        {note}" in output for note in resolution.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -320,8 +322,10 @@ def test_an_int8_adapter_is_widened_with_its_scales(tmp_path: Path) -> None:
     down = f"{flat(ATTENTION[0])}.lora_down"
     tensors[f"{down}.weight"] = torch.randint(-128, 128, (3, IN), dtype=torch.int8)
     tensors[f"{down}.weight_scale"] = rows
-    found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
-    (delta,) = found.deltas.values()
+    resolution = (
+        read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+    )
+    (delta,) = resolution.deltas.values()
     assert isinstance(delta, LowRank)
     assert torch.equal(delta.down, tensors[f"{down}.weight"].float() * rows)
 
@@ -368,9 +372,9 @@ def test_no_heap_of_tensors_raises_anything_but_an_adapter_error(
     }
     path = write(tmp_path_factory.mktemp("heap") / "a.safetensors", tensors)
     try:
-        found = read_adapter(path).resolve(NETWORKS)
+        resolution = read_adapter(path).resolve(NETWORKS)
     except AdapterError:
         return
-    for (network, module), delta in found.deltas.items():
+    for (network, module), delta in resolution.deltas.items():
         shape = NETWORKS[network][module]
         assert merge(delta, torch.zeros(shape), 1.0).shape == shape

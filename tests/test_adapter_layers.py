@@ -21,7 +21,7 @@ from headstart.networks.fusion import NormSilu, fusion
 Tensors = dict[str, Tensor]
 
 
-class Own(nn.LayerNorm):
+class OtherNorm(nn.LayerNorm):
     """As diffusers' FP32LayerNorm: what it computes is its own."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def test_embeddings_and_norms_of_an_unknown_kind_are_no_layers() -> None:
             "groups": nn.GroupNorm(2, 4),
             "bare": nn.LayerNorm(4, elementwise_affine=False),
             "bare_groups": nn.GroupNorm(2, 4, affine=False),
-            "own": Own(4),
+            "own": OtherNorm(4),
             "tokens": nn.Embedding(4, 4),
         }
     )
@@ -77,7 +77,7 @@ def demo() -> hs.Engine:
 @pytest.fixture
 def engine(demo: hs.Engine) -> Iterator[hs.Engine]:
     yield demo
-    for name in [held.name for held in demo.adapters]:
+    for name in [adapter.name for adapter in demo.adapters]:
         demo.detach(name)
 
 
@@ -130,10 +130,10 @@ def test_norms_of_a_unet_are_the_sums_made_by_hand(
     tensors = normed(network, "lycoris_", (".w_norm", ".b_norm"))
     with fusion(kernels):
         plain = call(network)
-        made = {strength: summed(network, tensors, strength, call) for strength in (0.7, -0.5)}
+        sums = {strength: summed(network, tensors, strength, call) for strength in (0.7, -0.5)}
         report = engine.attach(write(tmp_path / "n.safetensors", tensors))
         assert not report.live and report.models["base"].layers == {"unet": len(tensors) // 2}
-        for strength, (oracle, rounding) in made.items():
+        for strength, (oracle, rounding) in sums.items():
             engine.adapters["n"].strength = strength
             assert (call(network) - oracle).abs().max() <= 2 * rounding
             assert (plain - oracle).abs().max() > 1e3 * rounding
@@ -175,7 +175,7 @@ def test_norms_of_a_network_whose_weights_are_kept_in_half_are_sums_in_float32(
     adapters = hs.AdapterSet({"base": stored})
     adapters.attach(write(tmp_path / "n.safetensors", tensors), 0.7)
     merged = next(iter(adapters.look().merged.values()))
-    assert {own.weight.dtype for own in merged.by_path.values()} == {torch.float32}
+    assert {change.weight.dtype for change in merged.by_path.values()} == {torch.float32}
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 128)
     with torch.inference_mode():
         got, expected = (

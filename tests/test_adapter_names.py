@@ -33,7 +33,7 @@ from headstart.checkpoint import keymap
 
 
 def processors(changes: Changes, prefix: bool) -> Tensors:
-    found: Tensors = {}
+    tensors: Tensors = {}
     for (network, module), (down, up) in changes.items():
         if network == "unet":
             block, _, leaf = module.rpartition(".to_")
@@ -42,8 +42,8 @@ def processors(changes: Changes, prefix: bool) -> Tensors:
             block, _, leaf = module.rpartition(".")
             name = f"{block}.to_{leaf.removesuffix('_proj')}_lora"
         name = (DOTTED[network] if prefix else "") + name
-        found |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
-    return found
+        tensors |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
+    return tensors
 
 
 def cloneofsimo(changes: Changes) -> Tensors:
@@ -60,15 +60,15 @@ def cloneofsimo(changes: Changes) -> Tensors:
         for i in range(2)
         for x in ("k", "v", "q", "out")
     ]
-    found: Tensors = {}
+    tensors: Tensors = {}
     for (network, module), (down, up) in changes.items():
         name = (
             f"unet:{order.index(module)}"
             if network == "unet"
             else f"text_encoder:{text.index(module)}"
         )
-        found |= {f"{name}:down": down, f"{name}:up": up}
-    return found
+        tensors |= {f"{name}:down": down, f"{name}:up": up}
+    return tensors
 
 
 class Case(NamedTuple):
@@ -124,14 +124,14 @@ def test_every_spelling_of_the_same_change_is_that_change(name: str, tmp_path: P
     case = cases()[name]
     file = read_adapter(write(tmp_path / "a.safetensors", case.spell(case.changes)))
     assert file.form is case.form and not file.strays
-    found = file.resolve(NETWORKS).require()
-    assert found.deltas.keys() == case.changes.keys() and found.rank == 3
-    for place, (down, up) in case.changes.items():
-        delta = found.deltas[place]
+    resolution = file.resolve(NETWORKS).require()
+    assert resolution.deltas.keys() == case.changes.keys() and resolution.rank == 3
+    for layer, (down, up) in case.changes.items():
+        delta = resolution.deltas[layer]
         assert isinstance(delta, LowRank)
-        assert torch.equal(delta.down, down) and torch.equal(delta.up, up.flatten(1)), place
-        assert delta.scale == case.scale, place
-        assert delta.shape == NETWORKS[place[0]][place[1]]
+        assert torch.equal(delta.down, down) and torch.equal(delta.up, up.flatten(1)), layer
+        assert delta.scale == case.scale, layer
+        assert delta.shape == NETWORKS[layer[0]][layer[1]]
 
 
 def test_bare_and_ldm_spellings_of_peft_keys_are_read(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_bare_and_ldm_spellings_of_peft_keys_are_read(tmp_path: Path) -> None:
         for (_, module), (down, up) in changes.items():
             name = prefix + names.get(module, module)
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-        found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
-        assert found.require().deltas.keys() == changes.keys()
+        resolution = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
+        assert resolution.require().deltas.keys() == changes.keys()
 
 
 def test_a_bare_text_name_goes_to_the_encoder_whose_width_it_has(tmp_path: Path) -> None:

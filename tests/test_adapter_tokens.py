@@ -57,7 +57,7 @@ def encoded(engine: hs.Engine, prompt: str) -> Tensor:
     return engine.text.encode([prompt]).context
 
 
-def drawn(engine: hs.Engine, prompt: str) -> Tensor:
+def latents(engine: hs.Engine, prompt: str) -> Tensor:
     return engine.sample(prompt, plan="distilled", seeds=1, size=32).latents
 
 
@@ -88,11 +88,11 @@ def test_prompts_know_the_token_of_an_attached_lora_and_forget_it_with_it(
 
 def test_a_run_keeps_the_tokens_that_it_began_with(engine: hs.Engine, make: Make) -> None:
     path = make("file", {"<s1>": vectors(engine, "fox")})
-    letters = drawn(engine, "a <s1>")
+    letters = latents(engine, "a <s1>")
     early = engine.iterate("a <s1>", plan="distilled", seeds=1, size=32)
     engine.attach(path)
-    fox = drawn(engine, "a fox")
-    assert torch.equal(drawn(engine, "a <s1>"), fox)
+    fox = latents(engine, "a fox")
+    assert torch.equal(latents(engine, "a <s1>"), fox)
     begun = engine.iterate("a <s1>", plan="distilled", seeds=1, size=32)
     engine.detach("file")
     assert torch.equal([*begun][-1].x, fox) and torch.equal([*early][-1].x, letters)
@@ -126,7 +126,7 @@ def test_a_token_that_is_taken_is_refused_and_says_what_to_do(
     fox, cat = encoded(engine, "a fox"), encoded(engine, "a cat")
     with pytest.raises(AdapterError, match=r"known from adapter 'one'.*--allow '<s1>'"):
         engine.attach(two)
-    assert [own.name for own in engine.adapters] == ["one"]
+    assert [adapter.name for adapter in engine.adapters] == ["one"]
     assert torch.equal(encoded(engine, "a <s1>"), fox)
     report = engine.attach(two, allow=["<s1>"])
     assert report.tokens == ("<s2>",) and report.models["base"].unmatched == ("<s1>",)
@@ -161,7 +161,7 @@ def test_tokens_of_another_family_are_refused_by_its_name(engine: hs.Engine, mak
         alone.attach(make("one", {"<s1>": vectors(engine, "fox")}))
     with pytest.raises(AdapterError, match="changes the UNet alone"):
         engine.adapters.attach_distilled(make("fast", {"<s1>": vectors(engine, "fox")}))
-    assert sorted(own.name for own in engine.adapters) == ["flux", "xl"]
+    assert sorted(adapter.name for adapter in engine.adapters) == ["flux", "xl"]
 
 
 def test_the_pair_of_a_bundle_reaches_each_of_sdxls_encoders(engine: hs.Engine, make: Make) -> None:

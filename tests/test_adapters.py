@@ -81,14 +81,14 @@ def test_detaching_leaves_not_one_bit_any_number_of_times(engine: hs.Engine, mak
     before = digest(engine.sample("a fox", seeds=1))
     state = [id(p) for model in engine.denoisers.values() for p in model.parameters()]  # type: ignore[attr-defined]
     path = make(part="")
-    seen = set()
+    outputs = set()
     for _ in range(3):
         engine.attach(path)
-        seen.add(digest(engine.sample("a fox", seeds=1)))
+        outputs.add(digest(engine.sample("a fox", seeds=1)))
         engine.detach("age")
         assert digest(engine.sample("a fox", seeds=1)) == before
-    assert len(seen) == 1
-    assert seen != {before}
+    assert len(outputs) == 1
+    assert outputs != {before}
     assert state == [id(p) for model in engine.denoisers.values() for p in model.parameters()]  # type: ignore[attr-defined]
     hooks = [m._forward_hooks for model in engine.denoisers.values() for m in model.modules()]  # type: ignore[attr-defined]
     assert not any(hooks)
@@ -127,13 +127,13 @@ def test_a_guided_plan_steers_both_halves_of_the_pair(engine: hs.Engine, make: M
     engine.attach(make())
     values = [-1.0, 0.0, 2.0]
     table = engine.compile("base", steps=2, base_guidance=3.0)
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
     network: Any = engine.denoisers["base"]
-    spy = network.register_forward_pre_hook(lambda _, args: seen.append(args[2].strengths))
+    spy = network.register_forward_pre_hook(lambda _, args: outputs.append(args[2].strengths))
     engine.sample("a fox", seeds=SEEDS, plan=table, adapters={"age": values})
     spy.remove()
-    assert [list(strengths.shape) for strengths in seen] == [[6, 1], [6, 1]]
-    assert seen[0].flatten().tolist() == values * 2
+    assert [list(strengths.shape) for strengths in outputs] == [[6, 1], [6, 1]]
+    assert outputs[0].flatten().tolist() == values * 2
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -170,22 +170,22 @@ def test_off_above_a_timestep_and_on_one_leg_are_columns(engine: hs.Engine, make
     engine.attach(make())
     table = engine.compile("hybrid")
     column = {
-        name: engine.adapters.strengths(table, 1, {"age": asked})
-        for name, asked in {
+        name: engine.adapters.strengths(table, 1, {"age": strength})
+        for name, strength in {
             "late": Strength(2.0, below=749),
             "distilled": Strength(2.0, models=("distilled",)),
             "base": Strength(2.0, models=("base",), below=2000),
         }.items()
     }
-    found = {
+    outputs = {
         name: [v.item() for v in values] for name, values in column.items() if values is not None
     }
     assert [step.model for step in table] == ["base", *["distilled"] * 3]
     times = [step.timestep for step in table]
-    assert found["late"] == [2.0 if t <= 749 else 0.0 for t in times]
-    assert 0.0 in found["late"] and 2.0 in found["late"]
-    assert found["distilled"] == [0.0, 2.0, 2.0, 2.0]
-    assert found["base"] == [2.0, 0.0, 0.0, 0.0]
+    assert outputs["late"] == [2.0 if t <= 749 else 0.0 for t in times]
+    assert 0.0 in outputs["late"] and 2.0 in outputs["late"]
+    assert outputs["distilled"] == [0.0, 2.0, 2.0, 2.0]
+    assert outputs["base"] == [2.0, 0.0, 0.0, 0.0]
 
 
 def test_a_plan_multiplies_its_own_column(engine: hs.Engine, make: Make) -> None:
@@ -372,8 +372,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(engine: hs.Engine, mak
         "zero": ("torn", {"lora_unet_x_to_q.lora_up.weight": torch.ones(4, 4)}),
     }
     before = digest(engine.sample("a fox", seeds=1))
-    for name, (seen, tensors) in bad.items():
-        with pytest.raises(hs.AdapterError, match=seen):
+    for name, (message, tensors) in bad.items():
+        with pytest.raises(hs.AdapterError, match=message):
             engine.attach(make(name, tensors))
     assert not len(engine.adapters)
     assert digest(engine.sample("a fox", seeds=1)) == before

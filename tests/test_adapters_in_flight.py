@@ -37,16 +37,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "full", which has to be merged, in a norm too."""
     folder, network = tmp_path_factory.mktemp("adapters"), hs.Engine.demo().denoisers["base"]
     assert isinstance(network, nn.Module)
-    found = {name: folder / f"{name}.safetensors" for name in (*NAMES, "full")}
+    paths = {name: folder / f"{name}.safetensors" for name in (*NAMES, "full")}
     for seed, name in enumerate(NAMES):
         part = "mid_block.attentions.0.transformer_blocks.0.attn"
-        save_file(random_lora(network, part, seed=seed, size=0.5), found[name])
+        save_file(random_lora(network, part, seed=seed, size=0.5), paths[name])
     whole = layers_of(network, "mid_block.attentions.0.proj_in")
     full = {path: 0.1 * torch.ones(layer.weight.shape) for path, layer in whole.items()}
     full["conv_norm_out"] = 0.1 * torch.ones(network.get_parameter("conv_norm_out.weight").shape)
     tensors = {f"lora_unet_{path.replace('.', '_')}.diff": change for path, change in full.items()}
-    save_file(tensors, found["full"])
-    return found
+    save_file(tensors, paths["full"])
+    return paths
 
 
 @pytest.fixture(scope="module", params=["eager", "replay"])
@@ -57,8 +57,8 @@ def shared_engine(request: pytest.FixtureRequest) -> hs.Engine:
 @pytest.fixture
 def engine(shared_engine: hs.Engine) -> Iterator[hs.Engine]:
     yield shared_engine
-    for held in [*shared_engine.adapters]:
-        shared_engine.detach(held.name)
+    for adapter in [*shared_engine.adapters]:
+        shared_engine.detach(adapter.name)
     shared_engine.adapters.now()  # takes off hooks that only a run which has ended needed
     for network in shared_engine.denoisers.values():
         assert isinstance(network, nn.Module)
@@ -138,10 +138,10 @@ def test_buffers_are_written_to_only_where_no_run_has_them(
 ) -> None:
     engine.attach(files["a"], name="y")
     assert engine.attach(files["b"], name="y", replace=True).in_place
-    kept = engine.adapters.now()
+    snapshot = engine.adapters.now()
     assert not engine.attach(files["c"], name="y", replace=True).in_place
     assert engine.attach(files["d"], name="y", replace=True).in_place, "nobody has those of c"
-    del kept
+    del snapshot
 
 
 def test_requests_with_adapters_of_their_own_on_one_shared_engine(
@@ -157,32 +157,34 @@ def test_requests_with_adapters_of_their_own_on_one_shared_engine(
     plain = alone(engine, None)
 
     def request(thread: int, seed: int) -> bool:
-        draw, own = random.Random(seed), f"of thread {thread}"
+        draw, label = random.Random(seed), f"of thread {thread}"
         name, strength = draw.choice(NAMES), draw.choice(strengths)
-        engine.attach(files[name], strength, name=own)
+        engine.attach(files[name], strength, name=label)
         for _ in range(draw.randrange(3)):
             name = draw.choice(NAMES)
-            engine.attach(files[name], strength, name=own, replace=True)
+            engine.attach(files[name], strength, name=label, replace=True)
         if draw.random() < 0.5:
             strength = draw.choice(strengths)
-            engine.adapters[own].strength = strength
-        adapters = [own] if draw.random() < 0.8 else []
+            engine.adapters[label].strength = strength
+        adapters = [label] if draw.random() < 0.8 else []
         states = engine.iterate("a fox", seeds=1, adapters=adapters, **SMALL)
         if early := draw.random() < 0.5:
             next(states)
-            engine.detach(own)
+            engine.detach(label)
         *_, last = states
         if not early:
-            engine.detach(own)
+            engine.detach(label)
         return torch.equal(last.x, expected[name, strength] if adapters else plain)
 
     for threads in (2, 4):
-        runs = 60 if engine.runner == "eager" else 12
+        runs = 24 if engine.runner == "eager" else 8
         shares = [range(thread, runs, threads) for thread in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
             jobs = [
-                pool.submit(lambda own=own, share=share: [request(own, seed) for seed in share])
-                for own, share in enumerate(shares)
+                pool.submit(
+                    lambda label=label, share=share: [request(label, seed) for seed in share]
+                )
+                for label, share in enumerate(shares)
             ]
             assert [set(job.result()) for job in jobs] == [{True}] * threads
 
@@ -257,7 +259,7 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
     }
     before, change = changes[what]
     before()
-    names, own = [held.name for held in engine.adapters], answer()
+    names, original = [adapter.name for adapter in engine.adapters], answer()
     line = 1 if error is KeyboardInterrupt else 6
     while True:
         interrupts = _Interrupts(line, error)
@@ -268,12 +270,14 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
             assert type(raised) is error
         if not interrupts.fired:
             break
-        if [held.name for held in engine.adapters] != names or not torch.equal(answer(), own):
+        if [adapter.name for adapter in engine.adapters] != names or not torch.equal(
+            answer(), original
+        ):
             break  # only where it came when everything was done: the end says so
         line += 11
     assert line > 50
     changed = answer()
-    assert not torch.equal(changed, own)
+    assert not torch.equal(changed, original)
     engine.attach(files["c"], name="other")
     engine.detach("other")
     assert torch.equal(answer(), changed)
@@ -282,12 +286,12 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
 def test_a_reader_never_sees_half_a_change(engine: hs.Engine, files: dict[str, Path]) -> None:
     engine.attach(files["a"], name="y")
     stop = threading.Event()
-    seen: set[tuple[str, ...]] = set()
+    columns: set[tuple[str, ...]] = set()
 
     def read() -> None:
         while not stop.is_set():
             now = engine.adapters.now()
-            seen.add(now.columns)
+            columns.add(now.columns)
             assert set(now.columns) == set(now.slots) <= set(now.attached)
 
     reader = threading.Thread(target=read)
@@ -298,7 +302,7 @@ def test_a_reader_never_sees_half_a_change(engine: hs.Engine, files: dict[str, P
         engine.detach("x")
     stop.set()
     reader.join()
-    assert seen <= {("y",), ("x", "y")}
+    assert columns <= {("y",), ("x", "y")}
 
 
 @pytest.mark.parametrize("names", [("full", "other"), ("a", "b")])
@@ -311,21 +315,21 @@ def test_engines_that_share_a_network_come_and_go_in_any_order(
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 128)
 
     def answers() -> list[Tensor]:
-        found: list[Tensor] = []
-        for own in engines:
-            now = own.adapters.now()
+        outputs: list[Tensor] = []
+        for each in engines:
+            now = each.adapters.now()
             strengths = torch.ones(1, len(now.columns))
             cond = hs.Conditioning(context, strengths=strengths, adapters=now)
             with torch.inference_mode():
-                found.append(network(x, torch.tensor([500]), cond))
-        return found
+                outputs.append(network(x, torch.tensor([500]), cond))
+        return outputs
 
     def equal(*expected: Tensor) -> bool:
         return all(map(torch.equal, answers(), expected))
 
     plain, paths = answers()[0], [files.get(name, files["full"]) for name in names]
-    for own, path, strength in zip(engines, paths, (1.0, 2.0), strict=True):
-        own.attach(path, strength, name="y")
+    for each, path, strength in zip(engines, paths, (1.0, 2.0), strict=True):
+        each.attach(path, strength, name="y")
     changed = answers()
     assert not torch.equal(*changed) and not torch.equal(changed[0], plain)
     engines[first].detach("y")
@@ -334,8 +338,8 @@ def test_engines_that_share_a_network_come_and_go_in_any_order(
     assert equal(*one)
     engines[first].attach(paths[first], 1.0 + first, name="y")
     assert equal(*changed)
-    for own in engines:
-        own.detach("y")
+    for each in engines:
+        each.detach("y")
     assert equal(plain, plain)
 
 

@@ -46,16 +46,16 @@ def make(tmp_path: Path, engine: hs.Engine) -> Make:
 def text_lora(engine: hs.Engine) -> dict[str, Tensor]:
     """A kohya file with a text encoder's part, and enough of a UNet to be allowed."""
     unet: Any = engine.denoisers["base"]
-    found = random_lora(unet, "attn2", seed=6)
+    tensors = random_lora(unet, "attn2", seed=6)
     draw = torch.Generator().manual_seed(7)
     for path, layer in layers_of(engine.text.towers[0], "self_attn").items():
         name = "lora_te_" + path.replace(".", "_")
-        found[f"{name}.lora_down.weight"] = 0.2 * torch.randn(
+        tensors[f"{name}.lora_down.weight"] = 0.2 * torch.randn(
             4, layer.weight.shape[1], generator=draw
         )
-        found[f"{name}.lora_up.weight"] = 0.2 * torch.randn(len(layer.weight), 4, generator=draw)
-        found[f"{name}.alpha"] = torch.tensor(4.0)
-    return found
+        tensors[f"{name}.lora_up.weight"] = 0.2 * torch.randn(len(layer.weight), 4, generator=draw)
+        tensors[f"{name}.alpha"] = torch.tensor(4.0)
+    return tensors
 
 
 def test_a_text_part_acts_with_its_own_strength_on_each_image(
@@ -82,8 +82,8 @@ def test_a_text_part_acts_with_its_own_strength_on_each_image(
         one = engine.text.encode([long], style="comfyui").context[0]
     assert len(one) > len(alone) and len(one) == rows.shape[1]
     assert torch.equal(rows[0, : len(alone)], plain[0])
-    for own, want in ((rows[1], one), (two[2], one), (rows[2, : len(alone)], alone)):
-        assert (own - want).norm() <= 1e-5 * want.norm()
+    for row, want in ((rows[1], one), (two[2], one), (rows[2, : len(alone)], alone)):
+        assert (row - want).norm() <= 1e-5 * want.norm()
     engine.detach("words")
     assert torch.equal(engine.text.encode(["a fox"]).context, plain)
 
@@ -180,7 +180,7 @@ def merged_weights(engine: hs.Engine, model: str) -> dict[str, Tensor]:
     """Layer -> what it runs on, of the layers that run on a sum."""
     network, merged = engine.denoisers[model], engine.adapters.now().merged
     sums = next(sums for host, sums in merged.items() if host.module is network)
-    return {path: own.weight for path, own in sums.by_path.items()}
+    return {path: change.weight for path, change in sums.by_path.items()}
 
 
 def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
@@ -188,7 +188,7 @@ def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
 ) -> None:
     network: Any = engine.denoisers["distilled"]
     before = digest(engine.sample("a fox", seeds=SEEDS))
-    kept = {name: (id(p), p.clone()) for name, p in network.named_parameters()}
+    originals = {name: (id(p), p.clone()) for name, p in network.named_parameters()}
     tensors = dense(network)
     report = engine.attach(make("hada", tensors), strength=0.7)
     assert not report.live and report.rank == 2
@@ -199,7 +199,7 @@ def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
             @ next(v for k, v in part.items() if k.endswith(f"hada_w{n}_b"))
             for n in (1, 2)
         ]
-        expected = kept[f"{path}.weight"][1].double() + 0.7 * side[0] * side[1]
+        expected = originals[f"{path}.weight"][1].double() + 0.7 * side[0] * side[1]
         summed = merged_weights(engine, "distilled")[path]
         assert (summed - expected).abs().max() <= 4 * 2**-24 * expected.abs().max()
     changed = digest(engine.sample("a fox", seeds=SEEDS))
@@ -210,8 +210,8 @@ def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
     assert digest(engine.sample("a fox", seeds=SEEDS)) == changed
     engine.detach("hada")
     for name, parameter in network.named_parameters():
-        assert id(parameter) == kept[name][0]
-        assert torch.equal(parameter, kept[name][1])
+        assert id(parameter) == originals[name][0]
+        assert torch.equal(parameter, originals[name][1])
 
 
 def test_merged_and_live_adapters_add(engine: hs.Engine, make: Make) -> None:

@@ -83,7 +83,7 @@ def test_weights_keep_their_addresses_while_they_come_and_go() -> None:
             assert where() == before
     first, second = ([w.tensor.data_ptr() for w in weights_of([n])] for n in networks)
     assert first == second, "two networks of one shape: one memory"
-    assert all(place % ALIGNED == before[0] % ALIGNED for place in first)
+    assert all(address % ALIGNED == before[0] % ALIGNED for address in first)
 
 
 def test_what_is_needed_next_is_prefetched_and_what_is_in_use_stays() -> None:
@@ -104,8 +104,8 @@ class Recorder:
         self.now = "run"
 
     class _Stream:
-        def __init__(self, name: str, seen: list[tuple[str, str]]) -> None:
-            self.name, self.seen = name, seen
+        def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
+            self.name, self.seen = name, log
 
         def wait_stream(self, other: Any) -> None:
             self.seen.append((self.name, other.name))
@@ -147,13 +147,13 @@ def test_a_copy_waits_for_earlier_users_of_the_arena_and_later_users_wait_for_th
 def test_threads_take_turns() -> None:
     want = {"base": call(unet(1)), "distilled": call(unet(2))}
     arena, networks = arena_of(10**9)
-    own = dict(zip(want, networks, strict=True))
+    by_size = dict(zip(want, networks, strict=True))
     wrong: list[str] = []
 
     def work(name: str) -> None:
         for _ in range(20):
             with arena.using(name):
-                if not torch.equal(call(own[name]), want[name]):
+                if not torch.equal(call(by_size[name]), want[name]):
                     wrong.append(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in (*want, *want)]
@@ -177,8 +177,8 @@ def test_weights_that_lie_side_by_side_stay_so_whether_they_move_or_not() -> Non
         with arena.using("distilled"):
             pass
         with arena.using("base"):
-            places = [layer.weight.storage_offset() for layer in layers[:3]]
-            assert [place - places[0] for place in places] == [0, 576, 1152]
+            offsets = [layer.weight.storage_offset() for layer in layers[:3]]
+            assert [offset - offsets[0] for offset in offsets] == [0, 576, 1152]
             memory = {layer.weight.untyped_storage().data_ptr() for layer in layers[:3]}
             assert len(memory) == 1
             assert torch.equal(torch.cat([layer.weight for layer in layers[:3]]), joint)

@@ -45,12 +45,12 @@ def test_bands_decode_what_the_whole_decodes(bands: int) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_bands_of_weights_that_are_widened_at_use(stored: torch.dtype) -> None:
-    kept = keep_stored(decoder(dtype=stored))
+    stored_decoder = keep_stored(decoder(dtype=stored))
     wide = decoder(dtype=stored).float()
     latents = torch.randn(1, 4, 6, 6)
     with torch.inference_mode():
         torch.testing.assert_close(
-            kept.decode(latents, 4), wide.decode(latents), rtol=1e-4, atol=1e-5
+            stored_decoder.decode(latents, 4), wide.decode(latents), rtol=1e-4, atol=1e-5
         )
 
 

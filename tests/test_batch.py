@@ -41,11 +41,11 @@ def test_every_run_is_what_it_is_alone(requests: list[Any], most: int, joint: bo
     runs = [run_of(*request) for request in requests]
     for run in runs:
         batch.add(run)
-    found = served(batch)
+    results = served(batch)
     for run, request in zip(runs, requests, strict=True):
         alone = by_hand(run_of(*request))
-        assert [s.step for s in found[run]] == [s.step for s in alone]
-        for one, other in zip(found[run], alone, strict=True):
+        assert [s.step for s in results[run]] == [s.step for s in alone]
+        for one, other in zip(results[run], alone, strict=True):
             assert (one.x - other.x).abs().max() <= NEAR * max(1.0, float(other.x.abs().max()))
     largest = max(2 * request[4] if request[3] != 1.0 else request[4] for request in requests)
     assert max(samples for _, samples in counted.calls) <= max(most, largest)
@@ -142,16 +142,16 @@ def test_the_longest_waiting_goes_first() -> None:
 
 def test_a_cancelled_run_disturbs_nobody() -> None:
     batch = hs.Batch(NETWORKS)
-    kept, left = run_of(1), run_of(5)
-    batch.add(kept)
+    first, left = run_of(1), run_of(5)
+    batch.add(first)
     batch.add(left)
     batch.step()
     batch.remove(left)
     batch.remove(left)
     served(batch)
-    assert left.state.step == 0 and kept.row is None
+    assert left.state.step == 0 and first.row is None
     expected = by_hand(run_of(1))[-1].x
-    assert (kept.state.x - expected).abs().max() <= NEAR * expected.abs().max()
+    assert (first.state.x - expected).abs().max() <= NEAR * expected.abs().max()
 
 
 def test_requests_of_an_event_loop_share_calls_and_may_leave() -> None:
@@ -198,13 +198,15 @@ def test_eight_strengths_of_two_adapters_are_one_call(tmp_path: Any) -> None:
 
     batch = hs.Batch({model: counting(model) for model in engine.denoisers})
     strengths = [{"ink": 0.25 * n, "glow": 1.5 - 0.5 * n} for n in range(8)]
-    runs = [engine.begin("a fox", seeds=n, adapters=own) for n, own in enumerate(strengths)]
+    runs = [
+        engine.begin("a fox", seeds=n, adapters=strength) for n, strength in enumerate(strengths)
+    ]
     for run in runs:
         batch.add(run)
     served(batch)
     assert calls == [("base", 8)] + [("distilled", 8)] * 3
-    for seed, (run, own) in enumerate(zip(runs, strengths, strict=True)):
-        alone = engine.sample("a fox", seeds=seed, adapters=own)
+    for seed, (run, strength) in enumerate(zip(runs, strengths, strict=True)):
+        alone = engine.sample("a fox", seeds=seed, adapters=strength)
         assert (run.state.x - alone.latents).norm() <= 1e-5 * alone.latents.norm()
     plain = engine.sample("a fox", seeds=3, adapters={"ink": 0.0, "glow": 0.0})
     assert (runs[3].state.x - plain.latents).norm() > 1e-3 * plain.latents.norm()
@@ -240,8 +242,8 @@ def test_a_swap_between_requests_ends_none_of_them(tmp_path: Any) -> None:
 def test_views_of_one_memory_are_stacked_as_they_are_seen(change: str) -> None:
     whole = torch.randn(2, 4, 5, 5)
     flat = torch.randn(2, 100)
-    seen = whole.transpose(2, 3) if change == "turned" else flat.view(2, 4, 5, 5)
-    assert torch.equal(joint._stacked([seen[:1], seen[1:]]), seen)
+    view = whole.transpose(2, 3) if change == "turned" else flat.view(2, 4, 5, 5)
+    assert torch.equal(joint._stacked([view[:1], view[1:]]), view)
 
 
 class _Waits(TorchDispatchMode):

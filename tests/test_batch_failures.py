@@ -31,9 +31,9 @@ def test_a_run_that_goes_bad_ends_alone_and_a_network_that_raises_ends_its_call(
     good, bad = run_of(1), run_of(4)
     batch.add(good)
     batch.add(bad)
-    found = {run: (state, error) for run, state, error in batch.step()}
-    assert found[good][1] is None and found[bad][0] is None
-    assert "NaN or infinity" in str(found[bad][1])
+    results = {run: (state, error) for run, state, error in batch.step()}
+    assert results[good][1] is None and results[bad][0] is None
+    assert "NaN or infinity" in str(results[bad][1])
     assert len(batch) == 1 and bad.state.step == -1
 
     def broken(*_: Any) -> Tensor:
@@ -107,9 +107,9 @@ def test_an_answer_that_is_none_ends_its_runs_and_nobody_waits_for_ever(
     runs = run_of(1), run_of(5)
     for run in runs:
         batch.add(run)
-    found = batch.step()
-    assert {served.run for served in found} == {*runs} and not batch
-    assert all(served.error is not None for served in found)
+    results = batch.step()
+    assert {served.run for served in results} == {*runs} and not batch
+    assert all(served.error is not None for served in results)
     assert all(run.state.step == -1 for run in runs)
     errors = asyncio.run(_gathered(batch, run_of(1), run_of(5)))
     assert all(isinstance(error, (hs.InputError, ValueError, TypeError)) for error in errors)
@@ -154,12 +154,12 @@ def test_a_run_that_two_read_or_that_ends_elsewhere_raises() -> None:
 def test_a_batch_outlives_an_event_loop_that_was_left_in_the_middle() -> None:
     entered, free = threading.Event(), threading.Event()
 
-    def held(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def waiting(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         entered.set()
         assert free.wait(60)
         return NETWORKS["base"](x_in, timestep, cond)
 
-    batch = hs.Batch({"base": held, "distilled": NETWORKS["distilled"]})
+    batch = hs.Batch({"base": waiting, "distilled": NETWORKS["distilled"]})
     loop = asyncio.new_event_loop()
     pending = loop.create_task(anext(batch.run(run_of(1))))  # type: ignore[arg-type]
 

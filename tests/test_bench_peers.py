@@ -239,9 +239,9 @@ def answers(
     return replies, np.load(path)["tiny"] if path.exists() else None
 
 
-def relative(found: np.ndarray | None, right: np.ndarray | None) -> float:
-    assert found is not None and right is not None
-    return float(np.linalg.norm(found - right) / np.linalg.norm(right))
+def relative(actual: np.ndarray | None, right: np.ndarray | None) -> float:
+    assert actual is not None and right is not None
+    return float(np.linalg.norm(actual - right) / np.linalg.norm(right))
 
 
 def test_a_network_of_ours_is_run_and_compared_with_float64(
@@ -271,10 +271,10 @@ def test_a_peer_has_our_weights(
 ) -> None:
     answers(tmp_path, "prepare", monkeypatch=monkeypatch)
     _, exact = answers(tmp_path, "ours float64", monkeypatch=monkeypatch)
-    replies, found = answers(tmp_path, f"{peer} float32", monkeypatch=monkeypatch)
+    replies, results = answers(tmp_path, f"{peer} float32", monkeypatch=monkeypatch)
     if replies[0][0] == "missing":
         pytest.skip(replies[0][1])
-    assert 0 < relative(found, exact) < 1e-5
+    assert 0 < relative(results, exact) < 1e-5
 
 
 def test_a_picture_has_a_panel_for_what_was_measured(modules: Any, tmp_path: Path) -> None:
@@ -283,12 +283,12 @@ def test_a_picture_has_a_panel_for_what_was_measured(modules: Any, tmp_path: Pat
     report.floors = {"1": {"float32": 100.0, "bfloat16": 200.0}}
     for name in ("sd15-32", "sd15-32-2"):
         report.flops[name] = {name: 10**9}
-        own = modules.peers_report.conclude([{"s": 1.0}, {"s": 2.0}], None)
-        done = {"status": "done", "facts": {}, "variants": {name: own}}
+        series = modules.peers_report.conclude([{"s": 1.0}, {"s": 2.0}], None)
+        done = {"status": "done", "facts": {}, "variants": {name: series}}
         report.cases[name] = {"1": {OURS: done, "OpenVINO float32": {"status": "missing"}}}
     panels = modules.peers_chart.PANELS
     lines = [modules.peers_chart._lines(report, "1", panel) for panel in panels]
-    assert [[x for x, _ in own.get(OURS, [])] for own in lines][:3] == [[1, 2], [32], []]
+    assert [[x for x, _ in series.get(OURS, [])] for series in lines][:3] == [[1, 2], [32], []]
     assert modules.peers_chart._floor(panels[0], report, "1", "bfloat16") == [(1, 5e-3), (2, 5e-3)]
     assert modules.peers_chart.draw(report, tmp_path / "a.png") == tmp_path / "a.png"
     assert (tmp_path / "a.png").stat().st_size > 10_000

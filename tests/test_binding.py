@@ -210,7 +210,7 @@ def test_a_module_made_where_another_was_is_not_taken_for_it() -> None:
 def test_a_network_that_its_own_hook_holds_is_freed() -> None:
     """As adapters' hooks do: else a network that once had some would never give its memory back."""
     one = network()
-    one.register_forward_hook(lambda layer, args, y, own=one: y)
+    one.register_forward_hook(lambda layer, args, y, module=one: y)
     bound, gone = Binding([one]), weakref.ref(one)
     assert bound.is_valid()
     del one
@@ -224,6 +224,8 @@ def test_a_launch_looks_at_no_table_of_a_module(monkeypatch: pytest.MonkeyPatch)
     bound = Binding([one])
     fully: list[Binding] = []
     look = Binding._full_state
-    monkeypatch.setattr(Binding, "_full_state", lambda own: fully.append(own) or look(own))
+    monkeypatch.setattr(
+        Binding, "_full_state", lambda binding: fully.append(binding) or look(binding)
+    )
     assert all(bound.is_valid() for _ in range(FULL_CHECK - 1)) and not fully
     assert bound.is_valid() and bound.is_valid(fully=True) and len(fully) == 2

@@ -99,5 +99,5 @@ def test_the_networks_of_a_model_have_theirs(lineage: str) -> None:
 def test_every_full_size_unet_is_its_blueprint(shared: Path, arch: str) -> None:
     path = shared / "manifests" / f"unet_{arch}.json"
     table = json.loads(path.read_text())["diffusers"]
-    known: Shapes = {name: tuple(shape) for name, (_, shape) in table.items()}
-    assert blueprint.unet(unet_params(known, FAMILIES[arch])) == known
+    shapes: Shapes = {name: tuple(shape) for name, (_, shape) in table.items()}
+    assert blueprint.unet(unet_params(shapes, FAMILIES[arch])) == shapes

@@ -76,9 +76,9 @@ def test_several_seeds_go_on_with_the_strength_of_the_one_image(inputs: list) ->
     engine = hs.Engine.demo(device="cpu")
     engine.attach(headstart_weights.path("yellow"))
     states: list[hs.State] = []
-    own = engine.sample("a fox", seeds=[1], on_step=states.append, adapters={"yellow": inputs})
+    branch = engine.sample("a fox", seeds=[1], on_step=states.append, adapters={"yellow": inputs})
     all_alike = engine.sample("a fox", seeds=[1], adapters={"yellow": 2.0})
-    several = hs.branch(engine, own, states[0], reseed=[7, 8])
+    several = hs.branch(engine, branch, states[0], reseed=[7, 8])
     as_number = hs.branch(engine, all_alike, states[0], reseed=[7, 8])
     assert torch.equal(several.latents, as_number.latents)
 
@@ -157,10 +157,10 @@ def test_one_image_goes_on_under_several_seeds(origin: Origin) -> None:
 def test_a_switch_to_a_model_of_another_prediction_keeps_the_boundary_and_levels() -> None:
     table = hs.preset("paper-lcm").compile(hs.NoiseSchedule.scaled_linear())
     kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.EPS}
-    known = SimpleNamespace(
+    engine_like = SimpleNamespace(
         predictions=kinds, schedules=dict.fromkeys(kinds, hs.NoiseSchedule.scaled_linear())
     )
-    other = changed(table, 2, known, model="base")
+    other = changed(table, 2, engine_like, model="base")
     legs = (
         hs.Leg(model="base", timesteps=(999.0,), update="renoise", boundary=True,
                prediction="eps"),
@@ -194,8 +194,8 @@ def test_a_row_that_looked_back_on_another_model_becomes_first_order() -> None:
     leg = hs.Leg(model="base", steps=6, update="dpmpp_2m")
     table = hs.Plan((leg,)).compile(DEMO_SCHEDULE, prediction=hs.Prediction.V)
     kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.V}
-    known = SimpleNamespace(predictions=kinds, schedules=dict.fromkeys(kinds, DEMO_SCHEDULE))
-    other = changed(table, 3, known, model="distilled")
+    engine_like = SimpleNamespace(predictions=kinds, schedules=dict.fromkeys(kinds, DEMO_SCHEDULE))
+    other = changed(table, 3, engine_like, model="distilled")
     assert table[3].carry and table[4].carry
     assert other[3].carry == 0.0 and other[4].carry == table[4].carry
 

@@ -36,16 +36,16 @@ def pair(host: Host) -> tuple[Any, Any]:
     return host.model("eps", 0), host.model("eps", 1)
 
 
-def own_table(name: str, mode: str = "hybrid", **settings: Any) -> StepTable:
+def preset_table(name: str, mode: str = "hybrid", **settings: Any) -> StepTable:
     """By the pair's own schedules, which ComfyUI has no part in."""
-    found = hs.presets()[name]
-    made = hs.preset(name, mode=mode, **settings)
-    return made.compile(found.schedules, prediction=found.predictions)
+    pair = hs.presets()[name]
+    plan = hs.preset(name, mode=mode, **settings)
+    return plan.compile(pair.schedules, prediction=pair.predictions)
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
+def apart(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, in units of the largest number."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -54,15 +54,15 @@ def test_every_preset_is_headstart_alone(host: Host, name: str) -> None:
     mode = "distilled" if one_step else "hybrid"
     kind = KIND[hs.presets()[name].prediction]
     models = host.model(kind, 0), host.model(kind, 1)
-    found = []
+    tables = []
     for cfg in (1.0, 4.0):
         settings: dict[str, Any] = {"base_guidance": cfg, "distilled_guidance": cfg}
         planned, sigmas = plan(name, mode, **settings)
-        table = own_table(name, mode, **settings)
-        found.append(nodes(host, planned, models, sigmas))
+        table = preset_table(name, mode, **settings)
+        tables.append(nodes(host, planned, models, sigmas))
         last = alone(host, table, models)[-1].x * table.end_scale
-        assert apart(found[-1], host.process_out(models[0], last)) <= LIMIT
-    assert apart(*found) > 100 * LIMIT
+        assert apart(tables[-1], host.process_out(models[0], last)) <= LIMIT
+    assert apart(*tables) > 100 * LIMIT
 
 
 @pytest.mark.parametrize("kind", ["v", "edm", "x0"])
@@ -73,8 +73,8 @@ def test_a_plan_takes_schedule_and_prediction_from_the_models_it_is_given(
     planned, sigmas = plan("lightning", base=models[0], distilled=models[1], base_guidance=3.0)
     assert {model.prediction.value for model in planned.models.values()} == {kind}
     last = alone(host, planned.table, models)[-1].x
-    found = nodes(host, planned, models, sigmas)
-    assert apart(found, host.process_out(models[0], last)) <= LIMIT
+    outputs = nodes(host, planned, models, sigmas)
+    assert apart(outputs, host.process_out(models[0], last)) <= LIMIT
 
 
 @pytest.mark.parametrize(
@@ -86,22 +86,24 @@ def test_comfyuis_sdxl_and_flux_are_headstart_alone(kind: str, name: str, cfg: f
     models = host.model(kind, 0), host.model(kind, 1)
     planned, sigmas = plan(name, base_guidance=cfg, distilled_guidance=cfg)
     last = alone(host, planned.table, models)[-1].x
-    found = nodes(host, planned, models, sigmas)
-    assert apart(found, host.process_out(models[0], last)) <= LIMIT
+    outputs = nodes(host, planned, models, sigmas)
+    assert apart(outputs, host.process_out(models[0], last)) <= LIMIT
 
 
 def test_comfyuis_own_sampling_nodes_are_read() -> None:
     host = real_or_skip()
     model = host.model("v", 0)
     patched = host.sampled(model, "v_prediction", True)
-    found = inspect_model("base", patched)
+    outputs = inspect_model("base", patched)
     ended = hs.NoiseSchedule.scaled_linear().zero_terminal_snr()  # of which only the end differs
-    assert isinstance(found.process, hs.NoiseSchedule)
-    assert torch.allclose(*(torch.tensor(own.sigmas[:-1]) for own in (found.process, ended)), 1e-4)
+    assert isinstance(outputs.process, hs.NoiseSchedule)
+    assert torch.allclose(
+        *(torch.tensor(process.sigmas[:-1]) for process in (outputs.process, ended)), 1e-4
+    )
     planned, sigmas = plan("lightning", base=patched, distilled=patched, base_guidance=4.0)
     last = alone(host, planned.table, (model, model))[-1].x
-    found = nodes(host, planned, (patched, patched), sigmas)
-    assert apart(found, host.process_out(model, last)) <= LIMIT
+    outputs = nodes(host, planned, (patched, patched), sigmas)
+    assert apart(outputs, host.process_out(model, last)) <= LIMIT
     with pytest.raises(hs.InputError, match="take away a ModelSamplingDiscrete node"):
         inspect_model("base", host.sampled(model, "lcm", False))
 
@@ -118,8 +120,8 @@ def test_the_distilled_model_may_be_the_base_with_a_lora(mode: str) -> None:
     planned, sigmas = plan("lightning", mode, base_guidance=4.0)
     last = alone(host, planned.table, (host.model("eps", 0), apart_from_it))[-1].x
     for _ in range(2):
-        found = nodes(host, planned, models, sigmas)
-        assert apart(found, host.process_out(base, last)) <= LIMIT
+        outputs = nodes(host, planned, models, sigmas)
+        assert apart(outputs, host.process_out(base, last)) <= LIMIT
 
 
 def test_sigmas_are_comfyuis_levels() -> None:
@@ -136,12 +138,12 @@ def test_denoise_leaves_the_first_rows_out(host: Host, pair: tuple[Any, Any]) ->
     planned, sigmas = plan("lightning", denoise=0.6)
     assert len(sigmas) == 1 + round(0.6 * len(planned.table))
     latents = 3 * start(8)
-    found = nodes(host, planned, pair, sigmas, latents)
-    table, level = own_table("lightning"), float(sigmas[0])
+    outputs = nodes(host, planned, pair, sigmas, latents)
+    table, level = preset_table("lightning"), float(sigmas[0])
     x = host.process_in(pair[0], latents) + level * start(5)
     resume = hs.from_latent(table, x, level)
     last = alone(host, table, pair, resume=resume)[-1].x
-    assert apart(found, host.process_out(pair[0], last)) <= LIMIT
+    assert apart(outputs, host.process_out(pair[0], last)) <= LIMIT
 
 
 @pytest.mark.parametrize("name", ["lightning", "dmd2", "z-image"])
@@ -164,34 +166,36 @@ def test_what_a_mask_keeps_is_kept_to_the_last_bit(host: Host, name: str) -> Non
     mask[..., 4:] = 1.0
     latents = start(8)
     planned, sigmas = plan(name, base_guidance=4.0)
-    found = nodes(host, planned, models, sigmas, latents, mask=mask)
-    kept = host.process_out(models[0], host.process_in(models[0], latents))
-    assert torch.equal(found[..., :4], kept[..., :4])
-    assert apart(found[..., 4:], latents[..., 4:]) > 0.01
+    outputs = nodes(host, planned, models, sigmas, latents, mask=mask)
+    expected = host.process_out(models[0], host.process_in(models[0], latents))
+    assert torch.equal(outputs[..., :4], expected[..., :4])
+    assert apart(outputs[..., 4:], latents[..., 4:]) > 0.01
 
 
 def test_previews_are_x0_of_each_row(host: Host, pair: tuple[Any, Any]) -> None:
     planned, sigmas = plan("dmd2", base_guidance=4.0)
-    seen: list[tuple[int, Tensor, int]] = []
-    nodes(host, planned, pair, sigmas, seen=lambda *row: seen.append(row))
-    states = alone(host, own_table("dmd2", base_guidance=4.0), pair)
-    assert [(step, total) for step, _, total in seen] == [(n, len(sigmas) - 1) for n in range(4)]
-    for (_, x0, _), state in zip(seen, states, strict=True):
+    previews: list[tuple[int, Tensor, int]] = []
+    nodes(host, planned, pair, sigmas, seen=lambda *row: previews.append(row))
+    states = alone(host, preset_table("dmd2", base_guidance=4.0), pair)
+    assert [(step, total) for step, _, total in previews] == [
+        (n, len(sigmas) - 1) for n in range(4)
+    ]
+    for (_, x0, _), state in zip(previews, states, strict=True):
         assert apart(x0, state.x0) <= LIMIT
 
 
 def test_an_interrupt_stops_before_the_next_row(host: Host, pair: tuple[Any, Any]) -> None:
     planned, sigmas = plan("lightning")
-    seen: list[int] = []
+    previews: list[int] = []
 
     def stop(step: int, x0: Tensor, total: int) -> None:
-        seen.append(step)
+        previews.append(step)
         if step == 1:
             host.interrupt()
 
     with pytest.raises(host.interrupted):
         nodes(host, planned, pair, sigmas, seen=stop)
-    assert seen == [0, 1]
+    assert previews == [0, 1]
     assert nodes(host, planned, pair, sigmas).isfinite().all()
 
 
@@ -227,8 +231,8 @@ def test_a_plan_in_toml_states_its_rows(host: Host, pair: tuple[Any, Any]) -> No
     planned, sigmas = plan("lightning", toml=toml)
     assert [step.model for step in planned.table] == ["base", "base", "distilled", "distilled"]
     last = alone(host, planned.table, pair)[-1].x
-    found = nodes(host, planned, pair, sigmas)
-    assert apart(found, host.process_out(pair[0], last)) <= LIMIT
+    outputs = nodes(host, planned, pair, sigmas)
+    assert apart(outputs, host.process_out(pair[0], last)) <= LIMIT
 
 
 REFUSED = [
@@ -312,17 +316,17 @@ def test_two_lines_install_the_nodes(tmp_path: Path) -> None:
     lines = [line.strip() for line in (comfyui.__doc__ or "").splitlines()]
     two = [line for line in lines if line.startswith(("from headstart", "__all__"))]
     assert len(two) == 2
-    found: dict[str, Any] = {}
-    exec("\n".join(two), found)
-    names = found["NODE_CLASS_MAPPINGS"]
-    assert list(names) == list(found["NODE_DISPLAY_NAME_MAPPINGS"])
-    assert set(found["__all__"]) < set(found)
+    options: dict[str, Any] = {}
+    exec("\n".join(two), options)
+    names = options["NODE_CLASS_MAPPINGS"]
+    assert list(names) == list(options["NODE_DISPLAY_NAME_MAPPINGS"])
+    assert set(options["__all__"]) < set(options)
     for node in names.values():
-        taken = inspect.signature(getattr(node, node.FUNCTION)).parameters
+        parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
         inputs = node.INPUT_TYPES()
         listed = {name for kind in inputs.values() for name in kind}
-        variable = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        assert variable or listed == set(taken) - {"self"}
+        variable = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        assert variable or listed == set(parameters) - {"self"}
         assert len(node.RETURN_TYPES) == len(getattr(node, "RETURN_NAMES", node.RETURN_TYPES))
 
 
@@ -333,5 +337,5 @@ def test_each_default_makes_the_presets_own_plan() -> None:
         name: value for name, value in defaults.items() if name not in ("preset", "mode")
     }
     planned, _, text = HeadstartPlan().make(**options)
-    assert planned.table == own_table("dmd2")
+    assert planned.table == preset_table("dmd2")
     assert "base hands over to distilled" in text

@@ -21,7 +21,7 @@ from diffusers_networks import (
     cond_of,
     diffusers,
     far,
-    made,
+    make,
     randn,
     tiny,
 )
@@ -40,13 +40,13 @@ from headstart.plan.schedule import NoiseSchedule
 
 
 def test_a_unet_is_called_as_stable_diffusions_pipeline_calls_it() -> None:
-    unet, x, cond = made("UNet2DConditionModel", **UNET), randn(2, 4, 8, 8), cond_of()
+    unet, x, cond = make("UNet2DConditionModel", **UNET), randn(2, 4, 8, 8), cond_of()
     expected = unet(x, torch.tensor(801), encoder_hidden_states=cond.context).sample
     assert torch.equal(bridge.denoiser(unet)(x, torch.tensor([801, 801]), cond), expected)
 
 
 def test_sdxl_and_lcm_are_told_what_their_pipelines_tell_them() -> None:
-    unet = made("UNet2DConditionModel", **SDXL, time_cond_proj_dim=16)
+    unet = make("UNet2DConditionModel", **SDXL, time_cond_proj_dim=16)
     x, embedded = randn(2, 4, 8, 8), randn(2, 16, seed=5)
     cond = replace(cond_of(), time_ids=randn(2, 6).abs() * 512, guidance_embedding=embedded)
     expected = unet(
@@ -64,7 +64,7 @@ def test_sdxl_and_lcm_are_told_what_their_pipelines_tell_them() -> None:
 
 
 def test_inpainting_channels_go_behind_the_latent() -> None:
-    unet = made("UNet2DConditionModel", **UNET, in_channels=9)
+    unet = make("UNet2DConditionModel", **UNET, in_channels=9)
     x, more, cond = randn(2, 4, 8, 8), randn(2, 5, 8, 8, seed=7), cond_of()
     expected = unet(torch.cat((x, more), 1), 801, cond.context).sample
     network = bridge.denoiser(unet)
@@ -114,12 +114,12 @@ def test_padding_changes_no_sample(name: str) -> None:
     longer, _ = bridge.same_length(both, cond_of(1, 7))
     assert longer.context.shape == (2, 7, 12)
     for cond in (both, longer):
-        found = network(x, TIMES, cond)
-        for n, own in enumerate(words):
-            alone = network(x[n : n + 1], TIMES[:1], Conditioning(own[None]))
-            assert far(found[n : n + 1], alone) <= TOLERANCE
+        output = network(x, TIMES, cond)
+        for n, words_of in enumerate(words):
+            alone = network(x[n : n + 1], TIMES[:1], Conditioning(words_of[None]))
+            assert far(output[n : n + 1], alone) <= TOLERANCE
     unmasked = network(x, TIMES, Conditioning(longer.context))
-    assert far(unmasked[:1], found[:1]) > 1000 * TOLERANCE
+    assert far(unmasked[:1], output[:1]) > 1000 * TOLERANCE
 
 
 def test_a_guided_run_may_have_halves_of_different_lengths() -> None:
@@ -177,23 +177,23 @@ def test_modules_and_tensors_have_the_networks_own_names() -> None:
 
 
 def test_a_subclass_is_the_family_that_it_extends() -> None:
-    class Own(diffusers.SD3Transformer2DModel):
+    class Subclass(diffusers.SD3Transformer2DModel):
         pass
 
-    model = Own(**FAMILIES["SD 3"].config).eval()
+    model = Subclass(**FAMILIES["SD 3"].config).eval()
     x, cond = randn(2, 4, 4, 6), cond_of()
     expected = model(x, cond.context, cond.pooled, TIMES).sample
     assert torch.equal(bridge.denoiser(model)(x, TIMES, cond), expected)
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("call", "message"),
     [
         (lambda: bridge.denoiser(nn.Linear(2, 2)), "Linear is no network of diffusers"),
         (lambda: bridge.denoiser(SimpleNamespace()), "expected one of UNet2DConditionModel, SD3"),
-        (lambda: bridge.denoiser(made("UNet2DConditionModel", **UNET, class_embed_type="timestep")),
+        (lambda: bridge.denoiser(make("UNet2DConditionModel", **UNET, class_embed_type="timestep")),
          "class_embed_type='timestep'"),
-        (lambda: bridge.denoiser(made("UNet2DConditionModel", **UNET, num_class_embeds=4)),
+        (lambda: bridge.denoiser(make("UNet2DConditionModel", **UNET, num_class_embeds=4)),
          "num_class_embeds=4"),
         (lambda: ask("SD 3", randn(2, 4, 4, 6), Conditioning(randn(2, 5, 12))), "pooled="),
         (lambda: ask("Flux", randn(2, 6, 16)), r"takes latents \[B, C, h, w\], also where"),
@@ -203,9 +203,9 @@ def test_a_subclass_is_the_family_that_it_extends() -> None:
         (lambda: ask("Flux", randn(2, 16, 4, 6)), "takes 4 channels, and these latents have 16"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_says_what_to_give(made: Callable[[], object], message: str) -> None:
+def test_what_does_not_fit_says_what_to_give(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        made()
+        call()
 
 
 def ask(name: str, x: Tensor, cond: Conditioning | None = None) -> Tensor:
@@ -214,7 +214,7 @@ def ask(name: str, x: Tensor, cond: Conditioning | None = None) -> Tensor:
 
 def test_a_run_on_a_network_that_is_no_denoiser_yet_names_the_bridge() -> None:
     table = hs.Plan((hs.Leg(model="base", steps=2),)).compile(NoiseSchedule.scaled_linear())
-    unet, noise = made("UNet2DConditionModel", **UNET), hs.Given(randn(2, 4, 8, 8))
+    unet, noise = make("UNet2DConditionModel", **UNET), hs.Given(randn(2, 4, 8, 8))
     with pytest.raises(InputError, match=r"give headstart\.bridges\.diffusers\.denoiser"):
         hs.sample(table, {"base": unet}, cond_of(), noise)
 
@@ -223,7 +223,7 @@ def test_a_run_on_a_network_that_is_no_denoiser_yet_names_the_bridge() -> None:
 
 
 def test_sizes_are_what_sdxls_pipeline_makes_of_them() -> None:
-    unet = made("UNet2DConditionModel", **SDXL)
+    unet = make("UNet2DConditionModel", **SDXL)
     pipeline = SimpleNamespace(unet=unet)
     sizes = ((1024, 768), (3, 5), (512, 640))
     expected = diffusers.StableDiffusionXLPipeline._get_add_time_ids(
@@ -289,8 +289,8 @@ def test_a_schedulers_table_is_its_process(kind: str) -> None:
     )
     schedule, prediction = bridge.process(scheduler)
     assert schedule == NoiseSchedule.scaled_linear() and prediction is hs.Prediction.V
-    own = scheduler.alphas_cumprod.double().numpy()
-    assert abs(own / schedule.alphas_cumprod - 1).max() <= 1000 * 2.0**-24
+    alphas = scheduler.alphas_cumprod.double().numpy()
+    assert abs(alphas / schedule.alphas_cumprod - 1).max() <= 1000 * 2.0**-24
     assert (
         bridge.process(dict(scheduler.config) | {"_class_name": f"{kind}Scheduler"})[0] == schedule
     )
@@ -310,8 +310,8 @@ def test_dynamic_shifting_is_read_with_its_mu(kind: str) -> None:
     )
     schedule, _ = bridge.process(scheduler, mu=0.8)
     scheduler.set_timesteps(sigmas=[1 - i / 6 for i in range(6)], mu=0.8)
-    found = schedule.points(6, hs.Spacing.TRAILING).timesteps.tolist()
-    assert found == pytest.approx(scheduler.timesteps.tolist(), abs=8 * 2.0**-24 * 1000)
+    timesteps = schedule.points(6, hs.Spacing.TRAILING).timesteps.tolist()
+    assert timesteps == pytest.approx(scheduler.timesteps.tolist(), abs=8 * 2.0**-24 * 1000)
     with pytest.raises(InputError, match="use_dynamic_shifting: give mu="):
         bridge.process(scheduler)
 

@@ -19,7 +19,7 @@ from diffusers_networks import (
     cond_of,
     diffusers,
     far,
-    made,
+    make,
     randn,
     tiny,
 )
@@ -82,14 +82,14 @@ def test_eight_samples_have_eight_strengths_in_one_call(name: str, tmp_path: Pat
     report = adapters.attach(saved(theirs, tmp_path), STRENGTHS, name="fast")
     assert report.live and report.rank == 3
     column = torch.tensor(STRENGTHS)[:, None]
-    found = network(x, times, replace(cond, strengths=column))
-    assert torch.equal(found[2], before[2])
+    output = network(x, times, replace(cond, strengths=column))
+    assert torch.equal(output[2], before[2])
     for n, strength in enumerate(STRENGTHS):
-        own = slice(n, n + 1)
-        expected = at(theirs, strength)(x[own], times[own], cond[own])
-        assert far(found[own], expected) <= TOLERANCE
+        sample_rows = slice(n, n + 1)
+        expected = at(theirs, strength)(x[sample_rows], times[sample_rows], cond[sample_rows])
+        assert far(output[sample_rows], expected) <= TOLERANCE
         if strength:
-            assert far(before[own], expected) > 1000 * TOLERANCE
+            assert far(before[sample_rows], expected) > 1000 * TOLERANCE
     adapters.detach("fast")
     assert torch.equal(network(x, times, cond), before)
 
@@ -97,7 +97,7 @@ def test_eight_samples_have_eight_strengths_in_one_call(name: str, tmp_path: Pat
 @needs_peft
 def test_a_kohya_lora_of_stable_diffusion_acts_on_diffusers_unet(tmp_path: Path) -> None:
     """Linear layers and convolutions, guided: both halves of a sample have its strength."""
-    network, theirs = (bridge.denoiser(made("UNet2DConditionModel", **UNET)) for _ in range(2))
+    network, theirs = (bridge.denoiser(make("UNet2DConditionModel", **UNET)) for _ in range(2))
     with_lora(theirs.model, ["to_q", "proj_in", "conv1", "time_emb_proj"], r=2)
     tensors = kohya(load_file(saved(theirs.model, tmp_path)), 8.0, "_")
     save_file(renamed(tensors, lambda key: f"lora_unet_{key}"), tmp_path / "kohya.safetensors")
@@ -108,14 +108,14 @@ def test_a_kohya_lora_of_stable_diffusion_acts_on_diffusers_unet(tmp_path: Path)
     )
     x, words = randn(2, 4, 8, 8), {"uncond": cond_of(seed=6)}
     options = {"strengths": adapters.strengths(table, 2), **words}
-    found = next(hs.sample(table, {"base": network}, cond_of(), hs.Given(x), **options)).x
+    latents = next(hs.sample(table, {"base": network}, cond_of(), hs.Given(x), **options)).x
     for n, strength in enumerate((0.5, 2.0)):
-        own = slice(n, n + 1)
+        sample_rows = slice(n, n + 1)
         alone = at(theirs.model, strength)
-        noise, words = hs.Given(x[own]), {"uncond": cond_of(seed=6)[own]}
-        expected = next(hs.sample(table, {"base": alone}, cond_of()[own], noise, **words)).x
+        noise, words = hs.Given(x[sample_rows]), {"uncond": cond_of(seed=6)[sample_rows]}
+        expected = next(hs.sample(table, {"base": alone}, cond_of()[sample_rows], noise, **words)).x
         # Guidance 3 makes roundings of F five times as large.
-        assert far(found[own], expected) <= 5 * TOLERANCE
+        assert far(latents[sample_rows], expected) <= 5 * TOLERANCE
 
 
 def renamed(tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -160,8 +160,8 @@ def test_every_naming_of_a_lora_acts_the_same(name: str, naming: str, tmp_path: 
         )
         assert all(key.startswith("transformer.") for key in load_file(path))
     elif naming == "lightning":
-        own = wan_original if name == "Wan" else str
-        save_file(kohya(renamed(tensors, own), alpha, "."), path)
+        rename = wan_original if name == "Wan" else str
+        save_file(kohya(renamed(tensors, rename), alpha, "."), path)
     elif naming in ("kohya", "onetrainer"):
         prefix = {"kohya": "lora_unet_", "onetrainer": "lora_transformer_"}[naming]
         save_file(renamed(kohya(tensors, alpha, "_"), lambda key: prefix + key), path)
@@ -171,8 +171,8 @@ def test_every_naming_of_a_lora_acts_the_same(name: str, naming: str, tmp_path: 
     network = bridge.denoiser(networks(FAMILIES[name])["base"])
     hs.AdapterSet({"base": network}).attach(path)
     x, cond = randn(2, *FAMILIES[name].shape), cond_of()
-    found = network(x, TIMES, replace(cond, strengths=torch.full((2, 1), 0.5)))
-    assert far(found, at(theirs, 0.5)(x, TIMES, cond)) <= TOLERANCE
+    output = network(x, TIMES, replace(cond, strengths=torch.full((2, 1), 0.5)))
+    assert far(output, at(theirs, 0.5)(x, TIMES, cond)) <= TOLERANCE
 
 
 @needs_peft
@@ -187,8 +187,8 @@ def test_wans_own_names_are_read_as_diffusers_reads_them(tmp_path: Path) -> None
     network = bridge.denoiser(networks(FAMILIES["Wan"])["base"])
     hs.AdapterSet({"base": network}).attach(tmp_path / "wan.safetensors")
     x, cond = randn(2, *FAMILIES["Wan"].shape), cond_of()
-    found = network(x, TIMES, replace(cond, strengths=torch.ones(2, 1)))
-    assert far(found, at(theirs, 1.0)(x, TIMES, cond)) <= TOLERANCE
+    output = network(x, TIMES, replace(cond, strengths=torch.ones(2, 1)))
+    assert far(output, at(theirs, 1.0)(x, TIMES, cond)) <= TOLERANCE
 
 
 @needs_peft
@@ -230,9 +230,9 @@ def test_adapters_attach_to_any_network_by_its_layers_names(tmp_path: Path) -> N
     theirs.save_pretrained(tmp_path)
     hs.AdapterSet({"base": network}).attach(tmp_path, name="mine")
     x, cond = randn(3, 6), Conditioning(randn(3, 1, 1), strengths=torch.ones(3, 1))
-    found = network(x, TIMES, cond)
-    assert far(found, theirs(x, TIMES, cond)) <= TOLERANCE
-    assert far(found, network(x, TIMES, replace(cond, strengths=torch.zeros(3, 1)))) > 0.01
+    output = network(x, TIMES, cond)
+    assert far(output, theirs(x, TIMES, cond)) <= TOLERANCE
+    assert far(output, network(x, TIMES, replace(cond, strengths=torch.zeros(3, 1)))) > 0.01
 
 
 @needs_peft
@@ -271,11 +271,13 @@ def test_layers_that_see_all_samples_as_one_have_each_samples_strength(tmp_path:
     hs.AdapterSet({"base": network}).attach(saved(theirs, tmp_path))
     x, words = randn(2, 4, 4, 6), [randn(3, 12), randn(40, 12, seed=2)]
     cond = replace(bridge.conditioning(words), strengths=torch.tensor([[0.5], [2.0]]))
-    found = network(x, TIMES, cond)
+    output = network(x, TIMES, cond)
     for n, strength in enumerate((0.5, 2.0)):
-        own = slice(n, n + 1)
-        expected = at(theirs, strength)(x[own], TIMES[own], Conditioning(words[n][None]))
-        assert far(found[own], expected) <= TOLERANCE
+        sample_rows = slice(n, n + 1)
+        expected = at(theirs, strength)(
+            x[sample_rows], TIMES[sample_rows], Conditioning(words[n][None])
+        )
+        assert far(output[sample_rows], expected) <= TOLERANCE
 
 
 @needs_peft
@@ -284,8 +286,8 @@ def test_an_adapter_acts_beside_one_that_peft_runs(tmp_path: Path) -> None:
     theirs, x = adapted("SD 3"), randn(2, 4, 4, 6)
     path, network = saved(theirs, tmp_path), bridge.denoiser(copy.deepcopy(theirs))
     hs.AdapterSet({"base": network}).attach(path)
-    found = network(x, TIMES, replace(cond_of(), strengths=torch.ones(2, 1)))
-    assert far(found, at(theirs, 2.0)(x, TIMES, cond_of())) <= TOLERANCE
+    output = network(x, TIMES, replace(cond_of(), strengths=torch.ones(2, 1)))
+    assert far(output, at(theirs, 2.0)(x, TIMES, cond_of())) <= TOLERANCE
 
 
 @needs_peft
@@ -298,19 +300,19 @@ def test_adapters_of_weights_kept_in_8_bits_compute_in_the_networks_dtype(
     if merged:
         path = tmp_path / "full.safetensors"
         save_file({"transformer_blocks.0.attn.to_q.diff": randn(32, 32)}, path)
-    kept = tiny("SD 3").bfloat16()
-    kept.enable_layerwise_casting(
+    network = tiny("SD 3").bfloat16()
+    network.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16, skip_modules_pattern=()
     )
     wide = tiny("SD 3").bfloat16()
-    wide.load_state_dict({k: t.bfloat16() for k, t in kept.state_dict().items()})
-    found: list[Tensor] = []
-    for model in (kept, wide):
+    wide.load_state_dict({k: t.bfloat16() for k, t in network.state_dict().items()})
+    outputs: list[Tensor] = []
+    for model in (network, wide):
         adapters = hs.AdapterSet({"base": bridge.denoiser(model)})
         adapters.attach(path, name="a")
         strengths = torch.ones(2, 1) if adapters.columns else None
-        found.append(bridge.denoiser(model)(x, TIMES, replace(cond_of(), strengths=strengths)))
-    assert torch.equal(*found)
+        outputs.append(bridge.denoiser(model)(x, TIMES, replace(cond_of(), strengths=strengths)))
+    assert torch.equal(*outputs)
 
 
 @needs_peft

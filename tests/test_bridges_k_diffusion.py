@@ -20,9 +20,9 @@ from k_diffusion_runs import (
     SCHEDULE,
     UNCOND,
     budget,
-    drawn,
     karras,
     network,
+    noise,
     toy,
 )
 from torch import Tensor
@@ -48,34 +48,34 @@ def euler(d: Callable[..., Tensor], x: Tensor, levels: list[float], **extra: Any
 @pytest.mark.parametrize("end", [0.0, 0.4])
 def test_a_run_by_sigmas_is_eulers_loop(end: float) -> None:
     levels = [*karras(9, 10.0, 0.5)[:-1], end]
-    x = HIGH * drawn()
+    x = HIGH * noise()
     *_, (expected, _) = euler(toy, x, levels, amount=0.4)
-    found = sample_plan(toy, x.float(), torch.tensor(levels), {"amount": 0.4}, None, True)
+    latents = sample_plan(toy, x.float(), torch.tensor(levels), {"amount": 0.4}, None, True)
     # Levels come in float32: one more rounding, which moves a row by at most |x - x0|.
-    assert (found - expected).abs().max() <= budget(10, x.abs().max())
+    assert (latents - expected).abs().max() <= budget(10, x.abs().max())
 
 
 def test_callbacks_see_what_k_diffusions_do() -> None:
-    levels, seen = karras(4), list[dict[str, Any]]()
-    x = (HIGH * drawn()).float()
-    sample_plan(toy, x, levels, callback=seen.append, disable=True)
-    assert [set(row) for row in seen] == [{"x", "i", "sigma", "sigma_hat", "denoised"}] * 4
-    assert [row["i"] for row in seen] == [0, 1, 2, 3]
-    assert torch.equal(seen[0]["x"], x)
-    for row, level in zip(seen, levels, strict=False):
+    levels, states = karras(4), list[dict[str, Any]]()
+    x = (HIGH * noise()).float()
+    sample_plan(toy, x, levels, callback=states.append, disable=True)
+    assert [set(row) for row in states] == [{"x", "i", "sigma", "sigma_hat", "denoised"}] * 4
+    assert [row["i"] for row in states] == [0, 1, 2, 3]
+    assert torch.equal(states[0]["x"], x)
+    for row, level in zip(states, levels, strict=False):
         assert row["sigma"].shape == () and row["sigma"] == row["sigma_hat"] == np.float32(level)
         assert torch.equal(row["denoised"], toy(row["x"], row["sigma"].expand(3)))
 
 
 def test_a_finished_run_is_the_last_rows_x0_to_the_bit() -> None:
-    seen: list[dict[str, Any]] = []
-    x = (HIGH * drawn()).float()
-    found = sample_plan(toy, x, karras(5), callback=seen.append, disable=True)
-    assert torch.equal(found, seen[-1]["denoised"])
+    states: list[dict[str, Any]] = []
+    x = (HIGH * noise()).float()
+    latents = sample_plan(toy, x, karras(5), callback=states.append, disable=True)
+    assert torch.equal(latents, states[-1]["denoised"])
 
 
 def test_what_came_in_stays_as_it_was() -> None:
-    x = (HIGH * drawn()).float()
+    x = (HIGH * noise()).float()
     before = x.clone()
     sample_plan(toy, x, karras(5), disable=True)
     assert torch.equal(x, before)
@@ -83,14 +83,14 @@ def test_what_came_in_stays_as_it_was() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_d_sees_and_the_caller_gets_the_dtype_that_came_in(dtype: torch.dtype) -> None:
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
 
     def d(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.extend((x.dtype, sigma.dtype))
+        dtypes.extend((x.dtype, sigma.dtype))
         return 0.5 * x
 
-    assert sample_plan(d, drawn().to(dtype), [1.0, 0.5, 0.0], disable=True).dtype == dtype
-    assert set(seen) == {dtype}
+    assert sample_plan(d, noise().to(dtype), [1.0, 0.5, 0.0], disable=True).dtype == dtype
+    assert set(dtypes) == {dtype}
 
 
 def hybrid(**leg: Any) -> hs.StepTable:
@@ -110,16 +110,16 @@ def test_each_row_of_a_table_asks_the_d_of_its_model() -> None:
         return d
 
     table = hybrid()
-    x = (table.init_scale * drawn()).float()
+    x = (table.init_scale * noise()).float()
     models = {name: d_of(name) for name in ("base", "tuned")}
-    found = sample_plan(models, x, disable=True, table=table)
+    latents = sample_plan(models, x, disable=True, table=table)
     assert calls == [(row.model, float(np.float32(row.sigma))) for row in table]
     assert len({name for name, _ in calls}) == 2
     state, levels = x.double(), [*(row.sigma for row in table), 0.0]
     for row, after in zip(table, levels[1:], strict=True):
         x0 = toy(state, torch.full((3,), row.sigma).double(), 0.3 if row.model == "base" else 0.1)
         state = x0 + after / row.sigma * (state - x0)
-    assert (found - state).abs().max() <= budget(len(table), x.abs().max())
+    assert (latents - state).abs().max() <= budget(len(table), x.abs().max())
 
 
 def test_a_table_is_entered_at_the_row_of_the_first_sigma() -> None:
@@ -132,31 +132,31 @@ def test_a_table_is_entered_at_the_row_of_the_first_sigma() -> None:
 
     level = table[2].sigma
     levels = torch.tensor([level, 0.1, 0.0])
-    sample_plan(d, (level * drawn()).float(), levels, None, None, True, table=table)
+    sample_plan(d, (level * noise()).float(), levels, None, None, True, table=table)
     assert calls == [float(np.float32(row.sigma)) for row in table.steps[2:]]
 
 
 def test_noise_is_asked_for_on_rows_that_add_it() -> None:
     levels, calls = karras(4), list[tuple[float, float]]()
 
-    def noise(sigma: Tensor, after: Tensor) -> Tensor:
+    def fresh_noise(sigma: Tensor, after: Tensor) -> Tensor:
         calls.append((float(sigma), float(after)))
-        return drawn(seed=len(calls) + 1)
+        return noise(seed=len(calls) + 1)
 
-    x = HIGH * drawn()
-    found = sample_plan(
-        toy, x.float(), levels, disable=True, update="ancestral", noise_sampler=noise
+    x = HIGH * noise()
+    latents = sample_plan(
+        toy, x.float(), levels, disable=True, update="ancestral", noise_sampler=fresh_noise
     )
     pairs = list(pairwise(levels[:-1]))
     assert calls == [(np.float32(here), np.float32(after)) for here, after in pairs]
     for row, (here, after) in enumerate([*pairs, (levels[-2], 0.0)]):
         x0, q = toy(x, torch.full((3,), here, dtype=torch.float64)), after / here
-        x = x0 + q * q * (x - x0) + after * (1 - q * q) ** 0.5 * drawn(seed=row + 2)
-    assert (found - x).abs().max() <= budget(4, HIGH * drawn().abs().max())
+        x = x0 + q * q * (x - x0) + after * (1 - q * q) ** 0.5 * noise(seed=row + 2)
+    assert (latents - x).abs().max() <= budget(4, HIGH * noise().abs().max())
 
 
 def test_without_a_noise_sampler_noise_is_torchs() -> None:
-    x, runs = (HIGH * drawn()).float(), list[Tensor]()
+    x, runs = (HIGH * noise()).float(), list[Tensor]()
     for seed in (5, 5, 6):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -191,7 +191,7 @@ def test_without_a_noise_sampler_noise_is_torchs() -> None:
     ],
 )
 def test_what_cannot_be_run_says_why(arguments: dict[str, Any], message: str) -> None:
-    inputs = {"model": toy, "x": drawn().float()} | arguments
+    inputs = {"model": toy, "x": noise().float()} | arguments
     with pytest.raises(HeadstartError, match=message):
         sample_plan(**inputs, disable=True)
 
@@ -207,7 +207,7 @@ def test_a_loop_over_our_denoiser_is_our_plan(prediction: str, guidance: float) 
     levels = karras(6)
     leg = hs.Leg(model="base", sigmas=tuple(levels[:-1]), guidance=guidance)
     table = hs.Plan((leg,)).compile(SCHEDULE, prediction=hs.Prediction(prediction))
-    x = drawn().float()
+    x = noise().float()
     run = hs.sample(table, {"base": network}, COND, hs.Given(x), uncond=UNCOND)
     ours = denoiser(network, prediction=prediction)
     extra = {"cond": COND, "uncond": UNCOND, "guidance": guidance}
@@ -220,24 +220,24 @@ def test_a_loop_over_our_denoiser_is_our_plan(prediction: str, guidance: float) 
 
 
 def test_the_network_sees_both_halves_in_one_call() -> None:
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     def counted(x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
-        seen.append((len(x_in), len(timestep), len(cond)))
+        shapes.append((len(x_in), len(timestep), len(cond)))
         assert torch.equal(cond.context[3:], COND.context) and not cond.context[:3].any()
         return network(x_in, timestep, cond)
 
-    denoiser(counted)(drawn().float(), torch.full((3,), 2.0), COND, UNCOND, 3.0)
-    assert seen == [(6, 6, 6)]
+    denoiser(counted)(noise().float(), torch.full((3,), 2.0), COND, UNCOND, 3.0)
+    assert shapes == [(6, 6, 6)]
 
 
 def test_samples_of_a_batch_may_be_at_levels_of_their_own() -> None:
-    ours, x, levels = denoiser(network), drawn(), [0.5, 3.0, 14.0]
+    ours, x, levels = denoiser(network), noise(), [0.5, 3.0, 14.0]
     together = ours(x, torch.tensor(levels), EXACT)
     for index, level in enumerate(levels):
-        own = slice(index, index + 1)
-        alone = ours(x[own], torch.tensor([level]), EXACT[own])
-        assert torch.allclose(together[own], alone, rtol=0, atol=4 * 2.0**-52 * 20 * HIGH)
+        one = slice(index, index + 1)
+        alone = ours(x[one], torch.tensor([level]), EXACT[one])
+        assert torch.allclose(together[one], alone, rtol=0, atol=4 * 2.0**-52 * 20 * HIGH)
 
 
 def test_timesteps_and_levels_are_each_others_inverse() -> None:
@@ -254,27 +254,27 @@ def test_timesteps_and_levels_are_each_others_inverse() -> None:
 
 def test_get_sigmas_are_even_in_timestep_and_end_at_0() -> None:
     ours = denoiser(network)
-    found = ours.get_sigmas(5)
+    sigmas = ours.get_sigmas(5)
     expected = [SCHEDULE.sigma(t, "log") for t in (999, 749.25, 499.5, 249.75, 0)]
-    assert found.tolist() == [*np.float32(expected).tolist(), 0.0]
+    assert sigmas.tolist() == [*np.float32(expected).tolist(), 0.0]
     assert torch.equal(ours.get_sigmas()[:-1], ours.sigmas.flip(0))
 
 
 def test_an_edm_network_is_called_by_its_own_process() -> None:
     """At sigma its input is x/sqrt(sigma^2 + d^2), and it is told log(sigma)/4."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
 
     def edm(x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
-        seen.append((x_in, timestep))
+        calls.append((x_in, timestep))
         return torch.zeros_like(x_in)
 
     ours = denoiser(edm, EdmSchedule(), "edm")
     assert ours.sigma_max == 80.0 and len(ours.get_sigmas(7)) == 8
-    x0 = ours(drawn().float(), torch.full((3,), 2.0), COND)
-    exact = drawn() / (4.0 + 0.25)
+    x0 = ours(noise().float(), torch.full((3,), 2.0), COND)
+    exact = noise() / (4.0 + 0.25)
     assert (x0 - 0.25 * exact).abs().max() <= 8 * 2.0**-24 * x0.abs().max()
-    assert (seen[0][0] - exact * 4.25**0.5).abs().max() <= 4 * 2.0**-24 * seen[0][0].abs().max()
-    assert seen[0][1].tolist() == pytest.approx([np.log(2.0) / 4] * 3, rel=2.0**-23)
+    assert (calls[0][0] - exact * 4.25**0.5).abs().max() <= 4 * 2.0**-24 * calls[0][0].abs().max()
+    assert calls[0][1].tolist() == pytest.approx([np.log(2.0) / 4] * 3, rel=2.0**-23)
     with pytest.raises(InputError, match="no list of them"):
         _ = ours.sigmas
 
@@ -283,7 +283,7 @@ def test_a_level_as_it_is_printed_is_the_end_of_the_schedule() -> None:
     ours = denoiser(network)
     assert ours.sigma_to_t(torch.tensor([14.615, 0.0291])).tolist() == [999.0, 0.0]
     with pytest.raises(PlanError, match="the levels this schedule has a timestep for"):
-        ours(drawn(), torch.full((3,), 20.0), COND)
+        ours(noise(), torch.full((3,), 20.0), COND)
 
 
 @pytest.mark.parametrize(
@@ -292,12 +292,12 @@ def test_a_level_as_it_is_printed_is_the_end_of_the_schedule() -> None:
         (lambda: denoiser(hs.X0Denoiser(network)), "already"),
         (lambda: denoiser(network, NoiseSchedule.flow()), "no finite one"),
         (lambda: denoiser(network, SCHEDULE, "flow"), "on which networks predict"),
-        (lambda: denoiser(network)(drawn(), torch.ones(2), COND), r"expected \[3\]"),
-        (lambda: denoiser(network)(drawn(), torch.zeros(3), COND), "above 0"),
-        (lambda: denoiser(network)(drawn(), torch.full((3,), torch.nan), COND), "above 0"),
-        (lambda: denoiser(network)(drawn(), torch.ones(3), COND, None, 5.0), "needs uncond="),
-        (lambda: denoiser(network)(drawn(), torch.ones(3), COND, UNCOND, 0.0), "at least 1"),
-        (lambda: denoiser(network)(drawn(2), torch.ones(2), COND), "cannot serve a batch of 2"),
+        (lambda: denoiser(network)(noise(), torch.ones(2), COND), r"expected \[3\]"),
+        (lambda: denoiser(network)(noise(), torch.zeros(3), COND), "above 0"),
+        (lambda: denoiser(network)(noise(), torch.full((3,), torch.nan), COND), "above 0"),
+        (lambda: denoiser(network)(noise(), torch.ones(3), COND, None, 5.0), "needs uncond="),
+        (lambda: denoiser(network)(noise(), torch.ones(3), COND, UNCOND, 0.0), "at least 1"),
+        (lambda: denoiser(network)(noise(2), torch.ones(2), COND), "cannot serve a batch of 2"),
     ],
 )
 def test_what_cannot_be_asked_says_why(made: Callable[[], object], message: str) -> None:

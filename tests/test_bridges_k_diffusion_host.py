@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from k_diffusion_runs import EXACT, HIGH, LOW, SCHEDULE, SHAPE, budget, drawn, network, toy
+from k_diffusion_runs import EXACT, HIGH, LOW, SCHEDULE, SHAPE, budget, network, noise, toy
 from torch import Tensor
 
 import headstart as hs
@@ -37,18 +37,20 @@ def theirs(host: Any, prediction: str, quantize: bool = False) -> Any:
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_our_denoiser_is_its_discrete_denoiser(host: Any, prediction: str, quantize: bool) -> None:
     ours = denoiser(network, SCHEDULE, prediction, quantize=quantize)
-    own = theirs(host, prediction, quantize)
-    assert torch.equal(ours.sigmas, own.sigmas.float())
-    assert ours.sigma_max == own.sigma_max.float() and ours.sigma_min == own.sigma_min.float()
-    assert (ours.get_sigmas(12) - own.get_sigmas(12)).abs().max() <= 8 * 2.0**-24 * HIGH
+    wrapper = theirs(host, prediction, quantize)
+    assert torch.equal(ours.sigmas, wrapper.sigmas.float())
+    assert (
+        ours.sigma_max == wrapper.sigma_max.float() and ours.sigma_min == wrapper.sigma_min.float()
+    )
+    assert (ours.get_sigmas(12) - wrapper.get_sigmas(12)).abs().max() <= 8 * 2.0**-24 * HIGH
     for level in (LOW, 0.0517, 0.77, 2.0, 9.1, HIGH):
         sigma = torch.full((3,), level, dtype=torch.float64)
-        found, expected = (
-            ours(level * drawn(), sigma, EXACT),
-            own(level * drawn(), sigma, cond=EXACT),
+        actual, expected = (
+            ours(level * noise(), sigma, EXACT),
+            wrapper(level * noise(), sigma, cond=EXACT),
         )
         # A timestep is told in float32, a rounding of at most 1 in the network's 0.5*t/1000.
-        assert (found - expected).abs().max() <= (2.0**-24 + 2.0**-45) * max(level, 1.0)
+        assert (actual - expected).abs().max() <= (2.0**-24 + 2.0**-45) * max(level, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_its_samplers_take_our_denoiser_for_theirs(
     for d in (denoiser(network, SCHEDULE, prediction), theirs(host, prediction)):
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            ends.append(run(d, HIGH * drawn(), sigmas, {"cond": EXACT}, disable=True))
+            ends.append(run(d, HIGH * noise(), sigmas, {"cond": EXACT}, disable=True))
     # Timesteps in float32: 2^-24 of a network of size 1, times sigma, in each of at most 18 calls.
     assert (ends[0] - ends[1]).abs().max() <= 18 * 2.0**-24 * HIGH
 
@@ -74,21 +76,23 @@ def test_its_samplers_take_our_denoiser_for_theirs(
 def test_our_rows_are_its_samplers_on_its_own_levels(host: Any, update: str, spacing: str) -> None:
     """Every x that a row starts from, and the end. DPM++ looks back: a row makes an error at most
     q + (1 - q)*2*0.8/(1 + sigma) times as large, which over these levels is less than 3."""
-    made = getattr(host.sampling, f"get_sigmas_{spacing}")
-    levels = made(9, torch.tensor(LOW).double(), torch.tensor(HIGH).double()).double()
+    sigmas_of = getattr(host.sampling, f"get_sigmas_{spacing}")
+    levels = sigmas_of(9, torch.tensor(LOW).double(), torch.tensor(HIGH).double()).double()
     names = {"ancestral": "euler_ancestral"}
     run = getattr(host.sampling, f"sample_{names.get(update, update)}")
     stochastic = {} if update in ("euler", "dpmpp_2m") else {"noise_sampler": _noise()}
-    x, seen = HIGH * drawn(), [list[dict[str, Any]](), list[dict[str, Any]]()]
-    expected = run(toy, x, levels, None, seen[0].append, True, **stochastic)
+    x, states = HIGH * noise(), [list[dict[str, Any]](), list[dict[str, Any]]()]
+    expected = run(toy, x, levels, None, states[0].append, True, **stochastic)
     again = {} if not stochastic else {"noise_sampler": _noise()}
-    found = sample_plan(toy, x.float(), levels, None, seen[1].append, True, update=update, **again)
+    latents = sample_plan(
+        toy, x.float(), levels, None, states[1].append, True, update=update, **again
+    )
     limit = budget(9, x.abs().max()) * (3 if "dpmpp" in update else 1)
-    for one, other in zip(*seen, strict=True):
+    for one, other in zip(*states, strict=True):
         assert one["i"] == other["i"] and np.float32(one["sigma"]) == other["sigma"]
         assert (one["x"] - other["x"]).abs().max() <= limit
         assert (one["denoised"] - other["denoised"]).abs().max() <= limit
-    assert (found - expected).abs().max() <= limit
+    assert (latents - expected).abs().max() <= limit
 
 
 def _noise() -> Callable[[Tensor, Tensor], Tensor]:
@@ -101,6 +105,6 @@ def _noise() -> Callable[[Tensor, Tensor], Tensor]:
 def test_our_named_spacings_are_its_levels(host: Any, steps: int) -> None:
     """Its ramps are float32: seven powers of a few roundings."""
     for name in ("karras", "exponential"):
-        own = getattr(host.sampling, f"get_sigmas_{name}")(steps, LOW, HIGH)[:-1].numpy()
+        sigmas = getattr(host.sampling, f"get_sigmas_{name}")(steps, LOW, HIGH)[:-1].numpy()
         ours = SCHEDULE.points(steps, hs.Spacing(name)).sigmas
-        assert np.abs(own / ours - 1).max() <= 40 * 2.0**-24
+        assert np.abs(sigmas / ours - 1).max() <= 40 * 2.0**-24

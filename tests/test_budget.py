@@ -53,12 +53,12 @@ def test_a_batch_that_does_not_fit_is_cut_in_halves_for_each_network_alone() -> 
 
 
 def test_a_decode_that_does_not_fit_whole_is_cut_into_bands() -> None:
-    found = chunks(SHAPE, VALUES, 1, free(16, 0.9))
-    assert found.networks == 16 and found.bands > 1
+    sizes = chunks(SHAPE, VALUES, 1, free(16, 0.9))
+    assert sizes.networks == 16 and sizes.bands > 1
     memory = free(16, 0.9)
     assert memory.decode is not None
-    assert VALUES.decode_bytes(SHAPE, found.bands) + STATES <= SAFE_SHARE * memory.decode
-    assert found.decode_chunks == (16, found.bands)
+    assert VALUES.decode_bytes(SHAPE, sizes.bands) + STATES <= SAFE_SHARE * memory.decode
+    assert sizes.decode_chunks == (16, sizes.bands)
     assert chunks(SHAPE, VALUES, 1, free(16, 16)).decode_chunks is None
 
 

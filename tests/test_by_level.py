@@ -32,8 +32,8 @@ def table_of(guidance: float = 1.0) -> StepTable:
 
 
 def run(table: StepTable, cond: Any, **more: Any) -> list[hs.State]:
-    own = {"shape": SHAPE, "uncond": A} | more
-    return list(hs.sample(table, NETWORKS, cond, hs.Philox([7, 8]), **own))
+    options = {"shape": SHAPE, "uncond": A} | more
+    return list(hs.sample(table, NETWORKS, cond, hs.Philox([7, 8]), **options))
 
 
 def test_a_row_is_told_the_part_whose_level_it_starts_at_or_below() -> None:

@@ -42,11 +42,11 @@ def cond_of(adapters: Snapshot | None = None, strength: float = 1.0) -> Conditio
 
 
 def test_an_adapter_of_other_layers_has_no_part_in_it(network: UNet) -> None:
-    own = low_rank(network, "attn1")
-    keys = [prompt_key(network, cond_of(own, strength)) for strength in (1.0, 2.0)]
+    adapters = low_rank(network, "attn1")
+    keys = [prompt_key(network, cond_of(adapters, strength)) for strength in (1.0, 2.0)]
     assert keys[0] is not None and keys[0] == keys[1]
     low_rank(network, "attn2.to_k")  # of another set: its hooks are there, and it does nothing
-    keys = [prompt_key(network, cond_of(own, strength)) for strength in (1.0, 2.0)]
+    keys = [prompt_key(network, cond_of(adapters, strength)) for strength in (1.0, 2.0)]
     assert keys[0] is not None and keys[0] == keys[1]
 
 
@@ -102,9 +102,9 @@ CHANGES: dict[str, Callable[[Any, Any, Any], object]] = {
 def test_what_was_read_before_a_change_is_never_given_after_it(network: UNet, change: str) -> None:
     adapters = low_rank(network, "attn2")
     cond, prompts = cond_of(adapters), PromptCache()
-    kept = prompts.of(network, cond)
-    assert prompts.of(network, cond).extra[TEXTS] is kept.extra[TEXTS]
-    before = network(X, TIME, kept)
+    cached = prompts.of(network, cond)
+    assert prompts.of(network, cond).extra[TEXTS] is cached.extra[TEXTS]
+    before = network(X, TIME, cached)
     assert torch.equal(before, network(X, TIME, cond))
     slots = (part for by_host in adapters.slots.values() for part in by_host.values())
     changed = CHANGES[change](network, next(iter(next(slots).by_path.values())), cond)
@@ -119,8 +119,8 @@ def test_strengths_that_the_host_does_not_know_are_the_same_tensor_or_others(
     network: UNet,
 ) -> None:
     """As on a GPU, where to look would wait for the device; here they have no numbers at all."""
-    own, strengths = low_rank(network, "attn2"), torch.ones(2, 1, device="meta")
-    cond = replace(cond_of(own), strengths=strengths)
+    adapters, strengths = low_rank(network, "attn2"), torch.ones(2, 1, device="meta")
+    cond = replace(cond_of(adapters), strengths=strengths)
     key = prompt_key(network, cond)
     assert key is not None and key == prompt_key(network, replace(cond, context=cond.context))
     assert key != prompt_key(network, replace(cond, strengths=torch.ones(2, 1, device="meta")))
@@ -145,26 +145,26 @@ def test_without_strengths_the_call_says_what_is_missing(network: UNet) -> None:
 
 def test_adapters_that_come_and_go_between_rows_are_seen(network: UNet, make: Make) -> None:
     """Of calls that name none: a swap into the same buffers, another beside it, one detached."""
-    held = AdapterSet({"base": network})
+    adapter_set = AdapterSet({"base": network})
     prompts, cond = PromptCache(), words()
     plain = network(X, TIME, prompts.of(network, cond))
-    held.attach(make(network), name="age")
+    adapter_set.attach(make(network), name="age")
     steps: list[Callable[[], object]] = [
         lambda: None,
-        lambda: held.attach(make(network, "next", seed=1), name="age", replace=True),
-        lambda: held.attach(make(network, "far", "attn1"), name="far"),
-        lambda: held.attach(make(network, "near", seed=2), name="near"),
-        lambda: held.detach("age"),
+        lambda: adapter_set.attach(make(network, "next", seed=1), name="age", replace=True),
+        lambda: adapter_set.attach(make(network, "far", "attn1"), name="far"),
+        lambda: adapter_set.attach(make(network, "near", seed=2), name="near"),
+        lambda: adapter_set.detach("age"),
     ]
-    seen = [plain]
+    results = [plain]
     for step in steps:
         step()
-        changed = replace(cond, strengths=torch.ones(2, len(held.columns)))
-        seen.append(network(X, TIME, prompts.of(network, changed)))
-        assert torch.equal(seen[-1], network(X, TIME, changed))
-        assert not torch.equal(seen[-1], seen[-2])
-    held.detach("near")
-    held.detach("far")
+        changed = replace(cond, strengths=torch.ones(2, len(adapter_set.columns)))
+        results.append(network(X, TIME, prompts.of(network, changed)))
+        assert torch.equal(results[-1], network(X, TIME, changed))
+        assert not torch.equal(results[-1], results[-2])
+    adapter_set.detach("near")
+    adapter_set.detach("far")
     assert torch.equal(network(X, TIME, prompts.of(network, cond)), plain)
 
 
@@ -173,25 +173,25 @@ def test_a_sum_of_weights_is_read_again_when_its_strength_is_set(
 ) -> None:
     path = f"{BLOCK}.attn2.to_v"
     tensors = {f"lora_unet_{path.replace('.', '_')}.diff": 0.5 * torch.ones(32, 24)}
-    held, prompts, cond = AdapterSet({"base": network}), PromptCache(), words()
-    held.attach(write(tmp_path / "full.safetensors", tensors))
+    adapter_set, prompts, cond = AdapterSet({"base": network}), PromptCache(), words()
+    adapter_set.attach(write(tmp_path / "full.safetensors", tensors))
     for strength in (1.0, 2.0):
-        held["full"].strength = strength
-        kept = prompts.of(network, cond)
-        assert prompts.of(network, cond).extra[TEXTS] is kept.extra[TEXTS]
-        assert torch.equal(network(X, TIME, kept), network(X, TIME, cond))
+        adapter_set["full"].strength = strength
+        cached = prompts.of(network, cond)
+        assert prompts.of(network, cond).extra[TEXTS] is cached.extra[TEXTS]
+        assert torch.equal(network(X, TIME, cached), network(X, TIME, cond))
 
 
 def test_two_engines_of_one_network_are_told_apart_by_the_call(network: UNet, make: Make) -> None:
     """Which of them acts in a call that names none, the call finds out."""
     sets = [AdapterSet({"base": network}) for _ in range(2)]
-    for seed, own in enumerate(sets):
-        own.attach(make(network, f"n{seed}", seed=seed))
+    for seed, adapters in enumerate(sets):
+        adapters.attach(make(network, f"n{seed}", seed=seed))
     cond = replace(words(), strengths=torch.ones(2, 1))
     assert prompt_key(network, cond) is None
     prompts = PromptCache()
-    for own in (*sets, *sets):
-        changed = replace(cond, adapters=own.now())
+    for adapters in (*sets, *sets):
+        changed = replace(cond, adapters=adapters.now())
         assert torch.equal(
             network(X, TIME, prompts.of(network, changed)), network(X, TIME, changed)
         )
@@ -206,22 +206,22 @@ def test_two_engines_of_one_network_are_told_apart_by_the_call(network: UNet, ma
 def test_a_network_made_in_inference_mode_reads_on_every_row(inside: Any) -> None:
     """torch counts no writes to its weights; in the mode itself others are kept as ever."""
     with torch.inference_mode():
-        made = plain_unet()
+        network = plain_unet()
     ordinary = plain_unet()
     with inside():
-        assert prompt_key(made, words()) is None
-        own = low_rank(ordinary, "attn2") if inside is torch.no_grad else None
-        cond = words() if own is None else cond_of(own)
+        assert prompt_key(network, words()) is None
+        adapters = low_rank(ordinary, "attn2") if inside is torch.no_grad else None
+        cond = words() if adapters is None else cond_of(adapters)
         prompts = PromptCache()
-        kept = prompts.of(ordinary, cond)
-        assert prompts.of(ordinary, cond).extra[TEXTS] is kept.extra[TEXTS]
-        assert torch.equal(ordinary(X, TIME, kept), ordinary(X, TIME, cond))
+        cached = prompts.of(ordinary, cond)
+        assert prompts.of(ordinary, cond).extra[TEXTS] is cached.extra[TEXTS]
+        assert torch.equal(ordinary(X, TIME, cached), ordinary(X, TIME, cond))
 
 
 def test_a_rows_strengths_are_known_without_a_look_at_the_device(network: UNet) -> None:
     """`tolist` would wait for a GPU; of numbers that were written to since, it has to look."""
-    own = low_rank(network, "attn2")
-    cond, uncond = (replace(words(seed), adapters=own) for seed in (0, 1))
+    adapters = low_rank(network, "attn2")
+    cond, uncond = (replace(words(seed), adapters=adapters) for seed in (0, 1))
     options: Any = {"uncond": uncond, "shape": SHAPE, "strengths": torch.ones(5, 2, 1)}
     run = hs.Run(five_rows(), cond, hs.Philox([3, 4]), **options)
     calls: list[Any] = []

@@ -56,7 +56,7 @@ def last(table: hs.StepTable, networks: Mapping[str, Any], strengths: Tensor, **
 
 
 def strangers(pair: Networks) -> dict[str, Any]:
-    return {name: foreign(own) for name, own in pair.items()}
+    return {name: foreign(network) for name, network in pair.items()}
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_keys_and_values_are_made_once_for_each_strength(
     got: list[Tensor] = []
     for network, count in zip(pair.values(), reads, strict=True):
         assert times(network, lambda: got.append(last(table, pair, strengths))) == count
-    assert all(torch.equal(own, expected) for own in got)
+    assert all(torch.equal(latents, expected) for latents in got)
     assert times(pair["base"], lambda: last(table, strangers(pair), strengths)) == 3
 
 
@@ -104,12 +104,14 @@ def test_so_they_are_by_every_runner_and_in_parts(
     strengths = torch.tensor([[[1.0], [0.5]]]).expand(5, 2, 1)
 
     def runners(networks: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: Chunked(open_runner(runner, own), rows) for name, own in networks.items()}
+        return {
+            name: Chunked(open_runner(runner, network), rows) for name, network in networks.items()
+        }
 
     expected = last(table, runners(strangers(pair)), strengths)
     got: list[Tensor] = []
-    made = times(pair["base"], lambda: got.append(last(table, runners(pair), strengths)))
-    assert made == 4 // rows and torch.equal(got[0], expected)
+    count = times(pair["base"], lambda: got.append(last(table, runners(pair), strengths)))
+    assert count == 4 // rows and torch.equal(got[0], expected)
 
 
 def test_a_batch_and_a_loop_of_ones_own_do_so_too(
@@ -137,7 +139,7 @@ def test_a_batch_and_a_loop_of_ones_own_do_so_too(
 
     def served() -> None:
         while batch:
-            assert all(own.error is None for own in batch.step())
+            assert all(result.error is None for result in batch.step())
 
     assert times(pair["base"], served) == 3, "one a run"
     for run, want in zip(runs, expected, strict=True):
@@ -172,10 +174,10 @@ def test_a_graph_of_a_whole_run_makes_them_once_where_strengths_stay(
 def test_of_two_adapters_the_one_that_acts_on_them_counts(
     table: hs.StepTable, pair: Networks, make: Make
 ) -> None:
-    held = AdapterSet(pair)
-    held.attach(make(pair["base"], "far", "attn1"))
-    held.attach(make(pair["base"], "near", "attn2", seed=1))
-    assert held.columns == ("far", "near")
+    adapter_set = AdapterSet(pair)
+    adapter_set.attach(make(pair["base"], "far", "attn1"))
+    adapter_set.attach(make(pair["base"], "near", "attn2", seed=1))
+    assert adapter_set.columns == ("far", "near")
     strengths = torch.tensor([[[0.1 * row, 1.0]] * 2 for row in range(5)])
     expected = last(table, strangers(pair), strengths)
     got: list[Tensor] = []
@@ -187,16 +189,16 @@ def test_of_two_adapters_the_one_that_acts_on_them_counts(
 def test_a_run_under_way_keeps_its_own_through_a_swap(
     table: hs.StepTable, pair: Networks, make: Make
 ) -> None:
-    held = AdapterSet(pair)
-    held.attach(make(pair["base"]), name="age")
+    adapter_set = AdapterSet(pair)
+    adapter_set.attach(make(pair["base"]), name="age")
     strengths = torch.ones(5, 2, 1)
     expected = last(table, strangers(pair), strengths)
-    cond, uncond = (replace(words(seed), adapters=held.now()) for seed in (0, 1))
+    cond, uncond = (replace(words(seed), adapters=adapter_set.now()) for seed in (0, 1))
     options: Any = {"uncond": uncond, "shape": SHAPE, "strengths": strengths}
     swaps = iter([make(pair["base"], f"next{seed}", seed=seed) for seed in range(1, 6)])
 
     def swap(_: hs.Step) -> None:
-        held.attach(next(swaps), name="age", replace=True)
+        adapter_set.attach(next(swaps), name="age", replace=True)
 
     def run() -> None:
         *_, state = sample(table, pair, cond, hs.Philox([3, 4]), before_row=swap, **options)
@@ -212,14 +214,14 @@ def test_threads_with_adapters_of_their_own_do_not_see_each_others(
     table = table[:3]
 
     def run(number: int) -> Tensor:
-        own = moments[number % 3]
-        cond, uncond = (replace(words(seed), adapters=own) for seed in (number, 9))
+        moment = moments[number % 3]
+        cond, uncond = (replace(words(seed), adapters=moment) for seed in (number, 9))
         options: Any = {"uncond": uncond, "shape": SHAPE, "strengths": torch.ones(3, 2, 1)}
         *_, state = sample(table, pair, cond, hs.Philox([3, 4]), **options)
         return state.x
 
     expected = [run(number) for number in range(6)]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(run, [*range(6)] * 2))
-    for got, want in zip(found, expected * 2, strict=True):
+        results = list(threads.map(run, [*range(6)] * 2))
+    for got, want in zip(results, expected * 2, strict=True):
         assert torch.equal(got, want)

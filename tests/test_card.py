@@ -21,7 +21,7 @@ MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
-def _known_build() -> None:
+def _supported_build() -> None:
     try:
         fake_tensors()
     except UnknownBuildError as error:

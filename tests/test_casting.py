@@ -29,9 +29,9 @@ def mapped(tensor: Tensor, path: Path) -> bool:
     """Whether the tensor's bytes lie in a mapping of that file."""
     address = tensor.data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
-        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) .* (/.*)", line)
-        if found and int(found[1], 16) <= address < int(found[2], 16):
-            return found[3] == str(path)
+        match = re.match(r"([0-9a-f]+)-([0-9a-f]+) .* (/.*)", line)
+        if match and int(match[1], 16) <= address < int(match[2], 16):
+            return match[3] == str(path)
     return False
 
 
@@ -51,16 +51,16 @@ def test_a_unet_gives_the_bits_of_float32_from_weights_that_stay(
     make_ckpt: Maker, dtype: str
 ) -> None:
     path = make_ckpt("sdxl.safetensors", "sdxl", "unet", "--dtype", dtype)
-    kept = load_unet(path, dtype="stored", head_dim=8)
+    stored = load_unet(path, dtype="stored", head_dim=8)
     plain = load_unet(path, dtype=torch.float32, head_dim=8)
-    stays = halves(kept)
+    stays = halves(stored)
     assert {tensor.dtype for tensor in stays.values()} == {DTYPES[dtype]}
     matrices = {name for name, tensor in plain.named_parameters() if tensor.ndim > 1}
-    assert set(stays) == matrices and kept.state_dict().keys() == plain.state_dict().keys()
-    assert compute_dtype(kept) == compute_dtype(plain) == torch.float32
+    assert set(stays) == matrices and stored.state_dict().keys() == plain.state_dict().keys()
+    assert compute_dtype(stored) == compute_dtype(plain) == torch.float32
     torch.manual_seed(0)
     x, cond, times = torch.randn(2, 4, 16, 16), conditioning(plain), torch.tensor([999, 249])
-    assert torch.equal(EagerRunner(kept)(x, times, cond), EagerRunner(plain)(x, times, cond))
+    assert torch.equal(EagerRunner(stored)(x, times, cond), EagerRunner(plain)(x, times, cond))
 
 
 def test_every_matrix_is_a_view_of_the_file(make_ckpt: Maker) -> None:
@@ -77,9 +77,9 @@ def test_text_and_vae_give_the_bits_of_float32_too(
 ) -> None:
     path = make_ckpt("base.safetensors", arch, "ldm", "--dtype", "F16")
     options = {"tokenizer": small_tokenizer, "head_dim": 32}
-    kept, plain = (load_text(path, dtype=d, **options) for d in ("stored", None))  # type: ignore[arg-type]
-    assert halves(kept) and not halves(plain)
-    one, other = kept.encode(["a fox", "an owl"]), plain.encode(["a fox", "an owl"])
+    network, plain = (load_text(path, dtype=d, **options) for d in ("stored", None))  # type: ignore[arg-type]
+    assert halves(network) and not halves(plain)
+    one, other = network.encode(["a fox", "an owl"]), plain.encode(["a fox", "an owl"])
     assert torch.equal(one.context, other.context) and one.context.dtype == torch.float32
     if other.pooled is not None:
         assert one.pooled is not None and torch.equal(one.pooled, other.pooled)
@@ -126,12 +126,12 @@ def test_a_model_that_would_not_fit_stays_in_half_precision_and_says_so(
     need += widened_bytes(turbo, "unet")
     wide = [*roomy.denoisers.values(), roomy.vae, roomy.text]
     assert need == sum(4 * p.numel() for m in wide for p in m.parameters())  # type: ignore[union-attr]
-    for free, kept in ((need / 0.8 + 1, False), (need / 0.8 - 1, True)):
+    for free, stays in ((need / 0.8 + 1, False), (need / 0.8 - 1, True)):
         with monkeypatch.context() as patch:
             patch.setattr("headstart.engine.dtypes.available_bytes", lambda _, free=free: free)
             engine = engines(make_ckpt, small_tokenizer, dtype="float32")
-        assert bool(halves(engine.denoisers["base"])) == kept  # type: ignore[arg-type]
-        assert any("stay in half precision" in note for note in engine.weights.notes) == kept
+        assert bool(halves(engine.denoisers["base"])) == stays  # type: ignore[arg-type]
+        assert any("stay in half precision" in note for note in engine.weights.notes) == stays
         assert (engine.weights.dtype, engine.weights.vae_dtype) == (torch.float32,) * 2
         done = engine.sample("a fox", seeds=[1, 2], size=64)
         assert torch.equal(done.latents, roomy.sample("a fox", seeds=[1, 2], size=64).latents)
@@ -190,12 +190,12 @@ def test_stored_can_be_asked_for_and_threads_do_not_share_a_buffer(
 
 def test_hooks_classes_and_a_second_call_survive() -> None:
     layer = nn.Sequential(nn.Linear(4, 4).half(), nn.LayerNorm(4).half())
-    seen: list[int] = []
-    layer[0].register_forward_hook(lambda *_: seen.append(1))
-    kept = keep_stored(keep_stored(layer.requires_grad_(False)))
-    assert kept is layer and isinstance(layer[0], nn.Linear)
+    calls: list[int] = []
+    layer[0].register_forward_hook(lambda *_: calls.append(1))
+    stored = keep_stored(keep_stored(layer.requires_grad_(False)))
+    assert stored is layer and isinstance(layer[0], nn.Linear)
     assert (layer[0].weight.dtype, layer[1].weight.dtype) == (torch.float16, torch.float32)
-    assert kept(torch.ones(1, 4)).dtype == torch.float32 and seen == [1]
+    assert stored(torch.ones(1, 4)).dtype == torch.float32 and calls == [1]
 
 
 def test_gradients_flow_to_the_input_of_a_widened_layer(tmp_path: Path) -> None:
@@ -217,10 +217,10 @@ def test_a_float32_file_is_mapped_as_it_is(tmp_path: Path) -> None:
 
 def test_a_widened_convolution_keeps_its_order_of_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bits of a convolution depend on it, so a stored one would differ from a float32 one."""
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def convolve(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        seen.append(weight)
+        inputs.append(weight)
         return x
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
@@ -228,5 +228,5 @@ def test_a_widened_convolution_keeps_its_order_of_axes(monkeypatch: pytest.Monke
         layer = nn.Conv2d(3, 5, 3).half().to(memory_format=form)  # type: ignore[call-overload]
         with torch.inference_mode():
             keep_stored(layer)(torch.zeros(1, 3, 4, 4))
-        assert seen[-1].dtype == torch.float32 and seen[-1].is_contiguous(memory_format=form)
-        assert torch.equal(seen[-1], layer.weight.float())
+        assert inputs[-1].dtype == torch.float32 and inputs[-1].is_contiguous(memory_format=form)
+        assert torch.equal(inputs[-1], layer.weight.float())

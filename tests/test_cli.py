@@ -64,18 +64,18 @@ def test_compare_writes_a_sheet_and_the_documented_json(
     sheet = tmp_path / "sheet.png"
     words = ["compare", "a fox", "--seeds", "0-3", "--rounds", "2", "--out", str(sheet), "--json"]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["prompt"] == "a fox"
-    assert found["seeds"] == [0, 1, 2, 3]
-    assert found["sheet"] == str(sheet)
-    plans = {plan["name"]: plan for plan in found["plans"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompt"] == "a fox"
+    assert report["seeds"] == [0, 1, 2, 3]
+    assert report["sheet"] == str(sheet)
+    plans = {plan["name"]: plan for plan in report["plans"]}
     assert list(plans) == ["base", "distilled", "hybrid", "skip-first"]
     assert {"passes", "latency_s", "images", "diversity", "vendi", "score"} <= set(plans["base"])
     assert [plan["passes"] for plan in plans.values()] == [60, 4, 4, 3]
     assert [plan["rounds"] for plan in plans.values()] == [2] * 4
-    assert found["spaces"] == [found["extractor"], "structure-16x16"]
+    assert report["spaces"] == [report["extractor"], "structure-16x16"]
     for plan in plans.values():
-        first, second = (plan["spaces"][name] for name in found["spaces"])
+        first, second = (plan["spaces"][name] for name in report["spaces"])
         assert all(plan[key] == first[key] for key in ("diversity", "diversity_95", "vendi"))
         assert second["diversity_95"][0] < second["diversity"] < second["diversity_95"][1]
     assert np.asarray(Image.open(sheet)).std() > 10
@@ -88,10 +88,10 @@ def test_the_hybrid_is_more_varied_than_the_distilled_model(
     """The tables' order: passes base >= 10x hybrid, diversity distilled < hybrid."""
     out = str(tmp_path / "sheet.png")
     assert main(["compare", "a ghost", "--rounds", "1", "--out", out, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    plans = {plan["name"]: plan for plan in found["plans"]}
+    report = json.loads(capsys.readouterr().out)
+    plans = {plan["name"]: plan for plan in report["plans"]}
     assert plans["base"]["passes"] >= 10 * plans["hybrid"]["passes"]
-    for space in found["spaces"]:
+    for space in report["spaces"]:
         distilled, hybrid = (plans[n]["spaces"][space] for n in ("distilled", "hybrid"))
         assert distilled["diversity"] < hybrid["diversity"], space
 
@@ -102,8 +102,8 @@ def test_few_seeds_have_no_interval_and_the_words_fit(
 ) -> None:
     out = str(tmp_path / "sheet.png")
     assert main(["compare", "a fox", "--seeds", seeds, "--rounds", "1", "--out", out]) == 0
-    shown = capsys.readouterr().out
-    assert message in shown and " .. " not in shown and "nan" not in shown
+    output = capsys.readouterr().out
+    assert message in output and " .. " not in output and "nan" not in output
 
 
 def test_sample_writes_images_and_a_record_that_replays(
@@ -265,7 +265,7 @@ def test_ctrl_c_in_generated_code_has_the_status_of_any_other(tmp_path: Path) ->
 def test_sigterm_is_ours_only_while_a_command_runs_and_nobody_else_has_it() -> None:
     def mine(*_: object) -> None: ...
 
-    seen: list[object] = []
+    calls: list[object] = []
     with ended_by_sigterm():
         assert callable(signal.getsignal(signal.SIGTERM))
         with pytest.raises(Terminated):
@@ -275,13 +275,13 @@ def test_sigterm_is_ours_only_while_a_command_runs_and_nobody_else_has_it() -> N
     signal.signal(signal.SIGTERM, mine)
     try:
         with ended_by_sigterm():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            calls.append(signal.getsignal(signal.SIGTERM))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    thread = threading.Thread(target=lambda: seen.append(main(["plan"])))
+    thread = threading.Thread(target=lambda: calls.append(main(["plan"])))
     thread.start()
     thread.join()
-    assert seen == [mine, 0]
+    assert calls == [mine, 0]
 
 
 @pytest.mark.parametrize(
@@ -354,9 +354,9 @@ def test_weights_of_ones_own_are_named_in_the_record_and_replay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, distilled = (str(headstart_weights.path(role)) for role in ("base", "distilled"))
-    own = ["--base", base, "--distilled", distilled]
+    files = ["--base", base, "--distilled", distilled]
     out = tmp_path / "run"
-    assert main(["sample", "a fox", *own, "--out", str(out)]) == 0
+    assert main(["sample", "a fox", *files, "--out", str(out)]) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["weights"]["distilled"]["file"] == distilled
     capsys.readouterr()
@@ -383,8 +383,8 @@ def test_what_a_file_was_let_have_is_in_the_record(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundled, path = headstart_weights.path("base"), tmp_path / "base.safetensors"
-    with safe_open(bundled, "pt") as held:
-        save_file(load_file(bundled) | {"foo.bar": torch.zeros(2)}, path, held.metadata())
+    with safe_open(bundled, "pt") as file:
+        save_file(load_file(bundled) | {"foo.bar": torch.zeros(2)}, path, file.metadata())
     out, distilled = tmp_path / "out", str(headstart_weights.path("distilled"))
     typed = ["sample", "a fox", "--base", str(path), "--distilled", distilled, "--out", str(out)]
     assert main(typed) == 1

@@ -46,13 +46,13 @@ def test_blocks_alike_are_compiled_once_in_all_networks(network: Tokens, backend
 
 
 def test_weights_are_read_at_every_call(network: Tokens, backend: Counting) -> None:
-    seen, layer = [agree(network, backend)], network.block(1).layer
+    outputs, layer = [agree(network, backend)], network.block(1).layer
     with torch.no_grad():
         layer.weight.mul_(2)
-    seen.append(agree(network, backend))
+    outputs.append(agree(network, backend))
     layer.weight = nn.Parameter(layer.weight.detach() * -1)
-    seen.append(agree(network, backend))
-    assert not any(torch.equal(a, b) for a, b in pairwise(seen)) and backend.count == 1
+    outputs.append(agree(network, backend))
+    assert not any(torch.equal(a, b) for a, b in pairwise(outputs)) and backend.count == 1
 
 
 def scaled(block: Block) -> None:
@@ -96,8 +96,8 @@ def test_the_ninth_shape_and_all_others_run_as_one_function(
     network: Tokens, backend: Counting, caplog: pytest.LogCaptureFixture
 ) -> None:
     def warned() -> list[str]:
-        own = (r for r in caplog.records if r.name.startswith("headstart"))
-        return [record.message for record in own if record.levelname == "WARNING"]
+        records = (r for r in caplog.records if r.name.startswith("headstart"))
+        return [record.message for record in records if record.levelname == "WARNING"]
 
     for count in range(1, STATIC_SHAPES + 1):
         agree(network, backend, call_of(2, count + 5))
@@ -126,41 +126,41 @@ def test_adapters_are_inputs_of_compiled_blocks(
     network: Tokens, backend: Counting, tmp_path: Path
 ) -> None:
     """One strength a sample; a strength, a swap and detaching compile nothing."""
-    held, plain = AdapterSet({"base": network}), agree(network, backend)
-    held.attach(lora(tmp_path, "age"))
+    adapter_set, plain = AdapterSet({"base": network}), agree(network, backend)
+    adapter_set.attach(lora(tmp_path, "age"))
     rows = [[1.0], [1.0]], [[0.0], [-0.5]], [[0.0], [0.0]]
-    seen = [agree(network, backend, call_of(strengths=strengths)) for strengths in rows]
-    assert not torch.equal(seen[0], plain) and torch.equal(seen[1][0], plain[0])
-    assert torch.equal(seen[2], plain)
-    held.attach(lora(tmp_path, "other", seed=1), name="age", replace=True)
-    assert not torch.equal(agree(network, backend, call_of(strengths=[[1.0], [1.0]])), seen[0])
-    held.detach("age")
+    outputs = [agree(network, backend, call_of(strengths=strengths)) for strengths in rows]
+    assert not torch.equal(outputs[0], plain) and torch.equal(outputs[1][0], plain[0])
+    assert torch.equal(outputs[2], plain)
+    adapter_set.attach(lora(tmp_path, "other", seed=1), name="age", replace=True)
+    assert not torch.equal(agree(network, backend, call_of(strengths=[[1.0], [1.0]])), outputs[0])
+    adapter_set.detach("age")
     assert torch.equal(agree(network, backend), plain) and backend.count == 2
 
 
 def test_another_rank_other_layers_and_a_second_adapter_are_compiled_anew(
     network: Tokens, backend: Counting, tmp_path: Path
 ) -> None:
-    held = AdapterSet({"base": network})
-    held.attach(lora(tmp_path, "age"))
-    seen = [agree(network, backend, call_of(strengths=[[1.0], [0.5]]))]
-    held.attach(lora(tmp_path, "large", 4, 1), name="age", replace=True)
-    seen.append(agree(network, backend, call_of(strengths=[[1.0], [0.5]])))
+    adapter_set = AdapterSet({"base": network})
+    adapter_set.attach(lora(tmp_path, "age"))
+    outputs = [agree(network, backend, call_of(strengths=[[1.0], [0.5]]))]
+    adapter_set.attach(lora(tmp_path, "large", 4, 1), name="age", replace=True)
+    outputs.append(agree(network, backend, call_of(strengths=[[1.0], [0.5]])))
     assert backend.count == 2
-    held.attach(lora(tmp_path, "smile", 2, 2, "1"))
-    seen.append(agree(network, backend, call_of(strengths=[[1.0, 1.0], [0.5, -1.0]])))
+    adapter_set.attach(lora(tmp_path, "smile", 2, 2, "1"))
+    outputs.append(agree(network, backend, call_of(strengths=[[1.0, 1.0], [0.5, -1.0]])))
     assert backend.count == 3, "of the one block that has both"
-    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
+    assert not any(torch.equal(a, b) for a, b in pairwise(outputs))
 
 
 def test_a_run_that_began_with_an_adapter_keeps_it(
     network: Tokens, backend: Counting, tmp_path: Path
 ) -> None:
-    held, call = AdapterSet({"base": network}), call_of(strengths=[[1.0], [0.5]])
-    held.attach(lora(tmp_path, "age"))
-    now = held.now()
+    adapter_set, call = AdapterSet({"base": network}), call_of(strengths=[[1.0], [0.5]])
+    adapter_set.attach(lora(tmp_path, "age"))
+    now = adapter_set.now()
     before = agree(network, backend, call)
-    held.detach("age")
+    adapter_set.detach("age")
     assert torch.equal(agree(network, backend, (*call[:2], replace(call[2], adapters=now))), before)
 
 
@@ -170,12 +170,12 @@ def test_merged_adapters_are_weights(network: Tokens, backend: Counting, tmp_pat
     key = "lora_unet_blocks_1_layer"
     tensors = {f"{key}.diff": torch.full((8, 8), 0.1), f"{key}.diff_b": torch.ones(8)}
     save_file(tensors, tmp_path / "full.safetensors")
-    held, plain = AdapterSet({"base": network}), agree(network, backend)
-    held.attach(tmp_path / "full.safetensors")
+    adapter_set, plain = AdapterSet({"base": network}), agree(network, backend)
+    adapter_set.attach(tmp_path / "full.safetensors")
     one = agree(network, backend)
-    held["full"].strength = 2.0
+    adapter_set["full"].strength = 2.0
     assert not torch.equal(agree(network, backend), one) and not torch.equal(one, plain)
-    held.detach("full")
+    adapter_set.detach("full")
     assert torch.equal(agree(network, backend), plain)
     assert backend.count == 2, "with a bias and without; the sum has the form of the others"
 

@@ -113,5 +113,5 @@ def test_a_low_rank_adapter_costs_two_products_and_one_kernel_a_layer() -> None:
 
 
 def test_a_call_that_a_compiler_does_not_fuse_shows() -> None:
-    found = launches(Blocks(opaque).eval(), Conditioning(torch.empty(2, 5, 8)))
-    assert found.others == ("torch.ops.headstart_kernels.geglu.default",)
+    counts = launches(Blocks(opaque).eval(), Conditioning(torch.empty(2, 5, 8)))
+    assert counts.others == ("torch.ops.headstart_kernels.geglu.default",)

@@ -73,13 +73,13 @@ def test_only_errors_of_the_compiler_are_taken_for_such(network: Tokens) -> None
     """A launch that looks for gcc is one; a wrong input, or a device that fails, is not."""
 
     def fails(error: Exception) -> Any:
-        def made(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        def backend_of(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
             def run(*_: object) -> None:
                 raise error
 
             return run
 
-        return made
+        return backend_of
 
     for error in (ValueError("of the device"), InputError("of ours")):
         with pytest.raises(type(error), match=r"^of"):
@@ -107,16 +107,16 @@ def test_inductor_measures_kernels_on_a_gpu_and_captures_nothing(
     """Its mode "max-autotune-no-cudagraphs"; what it generated is kept on disk by default."""
     import torch._inductor.compile_fx
 
-    seen: list[dict[str, Any]] = []
+    options_of: list[dict[str, Any]] = []
 
     def compile_fx(graph: torch.fx.GraphModule, _: list[Any], *, config_patches: Any) -> Any:
-        seen.append(config_patches)
+        options_of.append(config_patches)
         return graph.forward
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
     x = torch.ones(3)
     assert torch.equal(CompiledFunction(torch.neg, "inductor", device)([x], x), -x)
-    assert seen == [options] and torch._inductor.config.fx_graph_cache
+    assert options_of == [options] and torch._inductor.config.fx_graph_cache
 
 
 def test_threads_that_ask_at_once_compile_once(network: Tokens, backend: Counting) -> None:
@@ -125,9 +125,9 @@ def test_threads_that_ask_at_once_compile_once(network: Tokens, backend: Countin
         [call_of(seed=seed) for seed in range(4)],
     )
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda call: runner(*call), calls))
+        outputs = list(pool.map(lambda call: runner(*call), calls))
     assert backend.count == 1
-    for call, got in zip(calls, found, strict=True):
+    for call, got in zip(calls, outputs, strict=True):
         assert torch.equal(got, EagerRunner(network)(*call))
 
 

@@ -76,9 +76,9 @@ def test_an_error_has_at_most_ten_lines_and_the_words_of_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fail("give preset='turbo'\n" + "a line\n" * 50 + "x" * 30_000) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("headstart: error: give --preset turbo\n")
-    assert len(shown.splitlines()) == MOST_LINES and "43 lines more (--debug)" in shown
+    output = capsys.readouterr().err
+    assert output.startswith("headstart: error: give --preset turbo\n")
+    assert len(output.splitlines()) == MOST_LINES and "43 lines more (--debug)" in output
     assert fail("x" * 30_000) == 2
     assert len(capsys.readouterr().err) < 2000
 
@@ -101,10 +101,10 @@ def test_without_a_terminal_a_long_stage_prints_a_line_now_and_then(
         time.sleep(0.5)
         RowBar(bar)(None)
         assert bar.desc == "decoding: "
-    shown = capsys.readouterr().err
-    assert "headstart: loading weights, 00:00\n" in shown
-    assert "headstart: sampling 2 of 3, 00:00\n" in shown
-    assert shown.count("\n") < 12
+    output = capsys.readouterr().err
+    assert "headstart: loading weights, 00:00\n" in output
+    assert "headstart: sampling 2 of 3, 00:00\n" in output
+    assert output.count("\n") < 12
 
 
 def test_a_stage_that_is_short_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,8 +141,8 @@ def test_the_keys_of_an_adapter_are_no_network_whatever_their_prefix() -> None:
 
 
 def test_a_name_is_peeled_to_a_fixed_depth() -> None:
-    found = list(readings("module." * 140 + "conv_in.weight"))
-    assert len(found) == DEEPEST + 1
+    results = list(readings("module." * 140 + "conv_in.weight"))
+    assert len(results) == DEEPEST + 1
 
 
 def test_what_may_be_left_is_named_as_the_file_spells_it() -> None:

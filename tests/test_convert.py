@@ -60,10 +60,10 @@ def test_one_layout_becomes_the_other_bit_for_bit(
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     assert convert(a, there, layout="ldm").left_out == ()
     assert convert(b, back, layout="diffusers").left_out == ()
-    for made, expected in ((there, load_file(b)), (back, load_file(a))):
-        found = load_file(made)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for path, expected in ((there, load_file(b)), (back, load_file(a))):
+        tensors = load_file(path)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_a_full_size_vae_has_the_names_of_the_manifest(shared: Path) -> None:
@@ -84,9 +84,9 @@ def test_a_network_is_taken_out_of_a_full_file(maker: Any, tmp_path: Path) -> No
     assert "model_ema.decay" in done.left_out
     assert inspect_checkpoint(out).parts == ("text",)
     expected = maker.build("sd21", "tiny")["te1"]
-    found = load_file(out)
+    tensors = load_file(out)
     for name, tensor in expected.items():
-        assert torch.equal(found[name], torch.from_numpy(np.array(tensor.fn())).bfloat16()), name
+        assert torch.equal(tensors[name], torch.from_numpy(np.array(tensor.fn())).bfloat16()), name
     with pytest.raises(InputError, match="expected a text_2"):
         convert(full, out, part="text_2", overwrite=True)
 
@@ -106,9 +106,9 @@ def test_every_dtype_rounds_as_torch_rounds(stored: str, target: str) -> None:
         values = torch.cat([spread, torch.tensor(odd)]).clamp(-60000, 60000).to(kind)
     expected = values.float().to(KINDS[target.upper()])
     raw = memoryview(values.view(torch.uint8).numpy().tobytes())
-    found = torch.frombuffer(bytearray(cast(raw, stored, target.upper())), dtype=expected.dtype)
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found[~found.isnan()], expected[~found.isnan()])
+    actual = torch.frombuffer(bytearray(cast(raw, stored, target.upper())), dtype=expected.dtype)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[~actual.isnan()], expected[~actual.isnan()])
 
 
 def test_a_number_beyond_the_range_is_an_error_that_names_its_tensor(tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_a_number_beyond_the_range_is_an_error_that_names_its_tensor(tmp_path: P
 def test_integers_and_metadata_stay(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     assert convert(source, out, dtype="f16").dtype == "F16"
-    info, found = inspect_checkpoint(out), load_file(out)
-    assert found["alpha"].dtype == torch.int64 and found["alpha"].item() == 4
+    info, tensors = inspect_checkpoint(out), load_file(out)
+    assert tensors["alpha"].dtype == torch.int64 and tensors["alpha"].item() == 4
     assert info.tensors == 3
-    assert torch.equal(found["a"], load_file(source)["a"].half())
+    assert torch.equal(tensors["a"], load_file(source)["a"].half())
 
 
 def test_a_request_that_cannot_be_served_changes_nothing(source: Path, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_the_command_converts(source: Path, tmp_path: Path, capsys: Any) -> None
 def test_what_a_file_says_of_its_unet_goes_with_it(
     layout: Any, marks: dict[str, tuple[int, ...]], prediction: str, tmp_path: Path
 ) -> None:
-    names = keymap.unet_to_ldm(held := weights(random_unet()))
-    tensors = {f"model.diffusion_model.{names[n]}": t for n, t in held.items()}
+    names = keymap.unet_to_ldm(state := weights(random_unet()))
+    tensors = {f"model.diffusion_model.{names[n]}": t for n, t in state.items()}
     marked = {name: torch.ones(shape) for name, shape in marks.items()}
     path, out = tmp_path / "whole.safetensors", tmp_path / "unet.safetensors"
     if "edm_vpred.sigma_min" in marked:

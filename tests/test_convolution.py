@@ -38,12 +38,12 @@ FORMS: dict[str, Callable[[type[nn.Conv2d]], nn.Conv2d]] = {
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often C was called."""
-    own, calls = convolution.small_convolution, list[int]()
+    original, calls = convolution.small_convolution, list[int]()
 
     def call(*args: Any) -> Tensor | None:
-        made = own(*args)
-        calls.extend([1] if made is not None else [])
-        return made
+        output = original(*args)
+        calls.extend([1] if output is not None else [])
+        return output
 
     monkeypatch.setattr(convolution, "small_convolution", call)
     return calls
@@ -68,11 +68,11 @@ def test_layers_adapters_and_stored_weights_have_the_kernel(
 ) -> None:
     calls, layer, x = counted(monkeypatch), Conv2d(6, 5, 3, padding=1), torch.randn(1, 6, 8, 8)
     with torch.no_grad():
-        made = layer(x)
+        output = layer(x)
         again = run_on(layer, x, Weights(layer.weight, layer.bias))
-        assert torch.equal(made, again) and len(calls) == 2
+        assert torch.equal(output, again) and len(calls) == 2
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert torch.equal(twin(x), made)
+            assert torch.equal(twin(x), output)
         assert len(calls) == 4
         stored = keep_stored(nn.Sequential(copy.deepcopy(layer).half()))
         stored(x)
@@ -80,13 +80,13 @@ def test_layers_adapters_and_stored_weights_have_the_kernel(
 
 
 def test_a_gradient_is_recorded_and_hooks_are_called() -> None:
-    layer, x, seen = Conv2d(6, 5, 3, padding=1), torch.randn(1, 6, 8, 8), list[Tensor]()
+    layer, x, outputs = Conv2d(6, 5, 3, padding=1), torch.randn(1, 6, 8, 8), list[Tensor]()
     handle: Any = layer.register_forward_hook
-    handle(lambda module, inputs, made: seen.append(made))
+    handle(lambda module, inputs, output: outputs.append(output))
     layer(x).sum().backward()
-    assert layer.weight.grad is not None and len(seen) == 1
+    assert layer.weight.grad is not None and len(outputs) == 1
     with torch.inference_mode():
-        assert torch.equal(layer(x), seen[1])
+        assert torch.equal(layer(x), outputs[1])
 
 
 def test_weights_written_in_place_are_seen() -> None:
@@ -122,11 +122,11 @@ def test_frequencies_that_are_kept_are_those_that_are_made_and_no_recordings() -
     values = torch.tensor([999.0, 3.0])
     tape = Tape()
     with tape.recording():
-        made = sinusoid(values, 34)
-    kept = sinusoid(values, 34)
+        embedding = sinusoid(values, 34)
+    again = sinusoid(values, 34)
     poison(tape)
     tape.replay()
-    assert torch.equal(made, kept) and torch.equal(sinusoid(values, 34), kept)
+    assert torch.equal(embedding, again) and torch.equal(sinusoid(values, 34), again)
     with torch.inference_mode():
         sinusoid(values, 38)
     assert sinusoid(values.requires_grad_(), 38).requires_grad

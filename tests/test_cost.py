@@ -54,14 +54,14 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def _one(body: Callable[[], object]) -> Operator:
-    (found,) = count(body)
-    return found
+    (row,) = count(body)
+    return row
 
 
 def _table(mode: str = "hybrid", **settings: Any) -> StepTable:
-    own: Any = {"preset": "dmd2", **settings}
-    pair = named_pair(mode, own)
-    return named_plan(mode, own).compile(pair.schedules, prediction=pair.predictions)
+    options: Any = {"preset": "dmd2", **settings}
+    pair = named_pair(mode, options)
+    return named_plan(mode, options).compile(pair.schedules, prediction=pair.predictions)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def small() -> Sizes:
 
 def test_a_pass_of_sdxl_stays_within_its_budget(sdxl: Pass) -> None:
     whole, kinds = Tally.of(sdxl.row), by_kind(sdxl.row)
-    found = {"operators": whole.operators, "launches": whole.launches}
-    found |= {kind.value: kinds[kind].operators for kind in Kind if kind.heavy}
-    spent: dict[str, float] = {**found, "gigabytes": whole.moved / 1e9}
+    numbers = {"operators": whole.operators, "launches": whole.launches}
+    numbers |= {kind.value: kinds[kind].operators for kind in Kind if kind.heavy}
+    spent: dict[str, float] = {**numbers, "gigabytes": whole.moved / 1e9}
     over = {name: n for name, n in spent.items() if n > SDXL_BUDGET[name]}
     assert not over, f"more than {SDXL_BUDGET}"
     slack = {name: n for name, n in spent.items() if n < 0.99 * SDXL_BUDGET[name]}
@@ -96,10 +96,10 @@ def test_sdxl_has_the_flops_that_others_counted(sdxl: Pass) -> None:
 
 
 def test_a_decode_of_sdxl_stays_within_its_budget() -> None:
-    found = Tally.of(decode(sizes_of_family("sdxl").vae, (4, 128, 128), 1, torch.bfloat16))
-    spent = {"operators": found.operators, "launches": found.launches}
+    tally = Tally.of(decode(sizes_of_family("sdxl").vae, (4, 128, 128), 1, torch.bfloat16))
+    spent = {"operators": tally.operators, "launches": tally.launches}
     assert spent == {name: DECODE_BUDGET[name] for name in spent}, "more, or less: lower it"
-    assert 0.99 < found.moved / 1e9 / DECODE_BUDGET["gigabytes"] <= 1
+    assert 0.99 < tally.moved / 1e9 / DECODE_BUDGET["gigabytes"] <= 1
 
 
 @pytest.mark.parametrize(("rows", "tokens", "words"), [(1, 64, 77), (2, 100, 7)])
@@ -112,10 +112,10 @@ def test_a_transformer_block_has_the_flops_of_its_formula(
     x, context_of = _empty(rows, tokens, channels), _empty(rows, words, context)
     found = count(lambda: block(x, context_of))
     square = 2 * rows * tokens * channels * channels
-    own = 4 * square + 4 * rows * tokens * tokens * channels
+    products = 4 * square + 4 * rows * tokens * tokens * channels
     cross = 2 * square + 2 * 2 * rows * words * context * channels
     cross += 4 * rows * tokens * words * channels
-    assert Tally.of(found).flops == own + cross + (8 + 4) * square
+    assert Tally.of(found).flops == products + cross + (8 + 4) * square
     assert by_kind(found)[Kind.ATTENTION].operators == 2
 
 
@@ -153,9 +153,9 @@ def test_a_convolution_tells_its_bias_and_the_copies_into_another_layout() -> No
     assert _one(lambda: last(image)).launches == 2
     ordered = image.to(memory_format=torch.channels_last)
     assert _one(lambda: last(ordered)).launches == 1
-    made: list[Tensor] = []
-    count(lambda: made.append(last(image)))
-    assert made[0].is_contiguous(memory_format=torch.channels_last)
+    tensors: list[Tensor] = []
+    count(lambda: tensors.append(last(image)))
+    assert tensors[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_attention_is_one_operator_in_every_dtype_and_width() -> None:
@@ -166,14 +166,14 @@ def test_an_attention_is_one_operator_in_every_dtype_and_width() -> None:
         (torch.float16, 64, _empty(1, 1, 16, 16)),
     ):
         q = _empty(2, 3, 16, width, dtype=dtype)
-        found = _one(lambda q=q, m=mask: F.scaled_dot_product_attention(q, q, q, attn_mask=m))
-        assert found.kind is Kind.ATTENTION
-        assert found.flops == 4 * 2 * 3 * 16 * 16 * width
+        row = _one(lambda q=q, m=mask: F.scaled_dot_product_attention(q, q, q, attn_mask=m))
+        assert row.kind is Kind.ATTENTION
+        assert row.flops == 4 * 2 * 3 * 16 * 16 * width
 
 
 def test_headstarts_kernels_are_counted_as_they_run_on_a_gpu() -> None:
-    found = unet_pass(PARAMS, (4, 8, 8)).row
-    names = {own.name for own in found}
+    rows = unet_pass(PARAMS, (4, 8, 8)).row
+    names = {row.name for row in rows}
     assert {"groupnorm_silu", "geglu"} <= names
     assert "gelu" not in names
 
@@ -219,33 +219,33 @@ def test_sizes_of_files_are_those_that_are_loaded() -> None:
     import headstart as hs
 
     paths = {role: headstart_weights.path(role) for role in ("distilled", "base")}
-    found = sizes_of_files(paths)
+    sizes = sizes_of_files(paths)
     engine = hs.Engine.demo(device="cpu")
-    for role, own in found.items():
+    for role, size in sizes.items():
         network: Any = engine.denoisers[role]
         codec: Any = engine.vae
-        assert own.unet == network.params and own.vae == codec.params
+        assert size.unet == network.params and size.vae == codec.params
         (tower,) = engine.text.towers
-        assert [params for params, _ in own.text] == [tower.params]
+        assert [params for params, _ in size.text] == [tower.params]
 
 
 def _named(stages: tuple[Stage, ...]) -> dict[str, Stage]:
-    return {own.name: own for own in stages}
+    return {stage.name: stage for stage in stages}
 
 
 def test_a_guided_row_has_twice_the_samples_and_the_text_is_encoded_for_both(small: Sizes) -> None:
     models = {"base": small, "distilled": small}
     plain = stages_of(models, _table(), pixels=(16, 16), batch=2)
     guided = stages_of(models, _table(base_guidance=5.0), pixels=(16, 16), batch=2)
-    assert [own[:3] for own in plain] == [
+    assert [stage[:3] for stage in plain] == [
         *(("text", 1, 1), ("base prompt", 1, 2), ("base pass", 1, 2)),
         *(("distilled prompt", 1, 2), ("distilled pass", 3, 2), ("step", 1, 0), ("decode", 1, 2)),
     ]
-    assert [own[:3] for own in guided][:5] == [
+    assert [stage[:3] for stage in guided][:5] == [
         *(("text", 1, 2), ("base prompt", 1, 4), ("base pass", 1, 4)),
         *(("distilled prompt", 1, 2), ("distilled pass", 3, 2)),
     ]
-    base, doubled = (Tally.of(_named(own)["base pass"].operators) for own in (plain, guided))
+    base, doubled = (Tally.of(_named(stage)["base pass"].operators) for stage in (plain, guided))
     assert doubled.operators == base.operators
     # All but the embeddings of one number, which is expanded, is twice the work.
     assert doubled.flops == 2 * base.flops
@@ -259,7 +259,7 @@ def test_five_images_two_at_once_are_three_calls_and_their_rest_has_its_own_line
     models = {"base": small, "distilled": small}
     whole = _named(stages_of(models, _table(), pixels=(16, 16), batch=5))
     parts = _named(stages_of(models, _table(), pixels=(16, 16), batch=5, chunks=(2, 1, 4)))
-    called = {name: own[1:3] for name, own in parts.items() if "distilled" in name}
+    called = {name: stage[1:3] for name, stage in parts.items() if "distilled" in name}
     assert called == {
         **{"distilled prompt of 2": (2, 2), "distilled prompt of 1": (1, 1)},
         **{"distilled pass of 2": (6, 2), "distilled pass of 1": (3, 1)},
@@ -268,8 +268,8 @@ def test_five_images_two_at_once_are_three_calls_and_their_rest_has_its_own_line
     assert by_kind(parts["decode"].operators)[Kind.NORM].operators > 2 * 4, "moments, and each band"
     for kind in ("pass", "decode"):
         spent = (
-            sum(s.times * Tally.of(s.operators).flops for n, s in own.items() if kind in n)
-            for own in (whole, parts)
+            sum(s.times * Tally.of(s.operators).flops for n, s in stage.items() if kind in n)
+            for stage in (whole, parts)
         )
         first, second = spent
         assert second >= first  # bands convolve the rows beside them again
@@ -277,10 +277,10 @@ def test_five_images_two_at_once_are_three_calls_and_their_rest_has_its_own_line
 
 
 def test_a_network_without_cross_attention_reads_no_prompt(small: Sizes) -> None:
-    plain = replace(PARAMS, down=tuple(replace(own, depths=(0,)) for own in PARAMS.down))
-    plain = replace(plain, up=tuple(replace(own, depths=(0, 0)) for own in plain.up), mid=None)
+    plain = replace(PARAMS, down=tuple(replace(level, depths=(0,)) for level in PARAMS.down))
+    plain = replace(plain, up=tuple(replace(level, depths=(0, 0)) for level in plain.up), mid=None)
     models = dict.fromkeys(("base", "distilled"), small._replace(unet=plain))
-    names = [own.name for own in stages_of(models, _table(), pixels=(16, 16))]
+    names = [level.name for level in stages_of(models, _table(), pixels=(16, 16))]
     assert names == ["text", "base pass", "distilled pass", "step", "decode"]
 
 
@@ -288,9 +288,9 @@ def test_a_step_is_one_kernel_a_row_and_one_where_noise_is_drawn(small: Sizes) -
     models = {"base": small, "distilled": small}
     table = _table()
     steps = _named(stages_of(models, table, pixels=(16, 16)))["step"].operators
-    drawn = sum(own.name == "philox_normal" for own in steps)
-    assert sum(own.name == "fused_step_into" for own in steps) == len(table)
-    assert drawn == 1 + sum(step.add != 0 for step in table)
+    draws = sum(row.name == "philox_normal" for row in steps)
+    assert sum(row.name == "fused_step_into" for row in steps) == len(table)
+    assert draws == 1 + sum(step.add != 0 for step in table)
 
 
 def test_the_decoder_is_counted_in_the_dtype_that_a_card_decodes_in(small: Sizes) -> None:
@@ -322,13 +322,13 @@ def _estimate(small: Sizes, params: UNetParams = PARAMS) -> Estimate:
 
 
 def test_stages_add_up_and_nothing_is_below_its_floor(small: Sizes) -> None:
-    found = _estimate(small)
-    total = found.total
-    assert total.device_ms == pytest.approx(sum(line.device_ms for line in found.lines))
-    assert total.tally.flops == sum(line.tally.flops for line in found.lines)
-    assert all(0 <= line.floor_ms <= line.device_ms for line in found.lines)
-    assert found.graph_ms == pytest.approx(total.device_ms + total.graph_ms)
-    assert found.eager_ms >= max(found.graph_ms, total.eager_ms)
-    for stage, own in found.kinds.items():
-        (line,) = (line for line in found.lines if line.stage == stage)
-        assert sum(ms for _, ms in own.values()) * line.times == pytest.approx(line.device_ms)
+    estimate = _estimate(small)
+    total = estimate.total
+    assert total.device_ms == pytest.approx(sum(line.device_ms for line in estimate.lines))
+    assert total.tally.flops == sum(line.tally.flops for line in estimate.lines)
+    assert all(0 <= line.floor_ms <= line.device_ms for line in estimate.lines)
+    assert estimate.graph_ms == pytest.approx(total.device_ms + total.graph_ms)
+    assert estimate.eager_ms >= max(estimate.graph_ms, total.eager_ms)
+    for stage, kinds in estimate.kinds.items():
+        (line,) = (line for line in estimate.lines if line.stage == stage)
+        assert sum(ms for _, ms in kinds.values()) * line.times == pytest.approx(line.device_ms)

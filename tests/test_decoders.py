@@ -63,8 +63,8 @@ def test_a_tiny_decoder_reads_the_samplers_latents_without_a_scale_factor(
     taesd = load_tiny(shared / "data/taesd/taesd_decoder.safetensors")
     x0 = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     x0 = torch.nn.functional.interpolate(x0, (16, 16), mode="bilinear")  # as smooth as pictures are
-    drawn = hs.decoder(posing_as(engine, "sd15", taesd), "tiny")(x0).rgb
-    small = drawn.view(1, 16, 8, 16, 8, 3).float().mean((2, 4))
+    rgb = hs.decoder(posing_as(engine, "sd15", taesd), "tiny")(x0).rgb
+    small = rgb.view(1, 16, 8, 16, 8, 3).float().mean((2, 4))
     right, wrong = (
         (small - linear_decoder("sd15")(z).rgb.float()).square().mean().sqrt()
         for z in (x0, x0 / 0.18215)
@@ -73,10 +73,10 @@ def test_a_tiny_decoder_reads_the_samplers_latents_without_a_scale_factor(
 
 
 def test_a_decoder_of_another_familys_colours_is_refused(engine: hs.Engine) -> None:
-    for own, other in (("sd15", "sdxl"), ("sd21", "sdxl"), ("sdxl", "sd15")):
-        hs.decoder(posing_as(engine, own, Painter(own)), "tiny")
+    for lineage, other in (("sd15", "sdxl"), ("sd21", "sdxl"), ("sdxl", "sd15")):
+        hs.decoder(posing_as(engine, lineage, Painter(lineage)), "tiny")
         with pytest.raises(hs.InputError, match=f"colours of {other} latents"):
-            hs.decoder(posing_as(engine, own, Painter(other)), "tiny")
+            hs.decoder(posing_as(engine, lineage, Painter(other)), "tiny")
 
 
 def test_the_real_sd15_decoder_is_refused_for_sdxl(engine: hs.Engine, shared: Path) -> None:

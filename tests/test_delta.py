@@ -129,7 +129,7 @@ def _each_form() -> list[Dense]:
 @pytest.mark.parametrize("dense", _each_form(), ids=lambda dense: dense.kind.title)
 def test_a_merge_is_linear_in_strength_and_leaves_the_weight_alone(dense: Dense) -> None:
     weight, bias = randn(6, 4, seed=3), randn(6, seed=3)
-    kept = weight.clone()
+    copy = weight.clone()
     assert torch.equal(merge(dense, weight, 0.0), weight)
     assert merge(dense, weight, 0.0).data_ptr() != weight.data_ptr()
     assert torch.equal(merge_bias(dense, bias, 0.0), bias)
@@ -137,7 +137,7 @@ def test_a_merge_is_linear_in_strength_and_leaves_the_weight_alone(dense: Dense)
     for strength in (-2.0, 0.5, 3.0):
         merged = merge(dense, weight, strength)
         assert (merged - (weight.double() + strength * change)).abs().max() <= 32 * EPS * 4
-    assert torch.equal(weight, kept)
+    assert torch.equal(weight, copy)
 
 
 def test_whole_weights_become_a_difference_from_what_they_were_tuned_on() -> None:
@@ -163,30 +163,30 @@ def test_every_vector_is_met(shared: Path, tmp_path: Path) -> None:
     """../shared/lora_vectors: results of sd-scripts, sliders, LyCORIS and peft, within 1e-5."""
     met = 0
     for path in sorted((shared / "lora_vectors").glob("*.safetensors")):
-        held = load_file(path)
+        tensors = load_file(path)
         peft = path.name.startswith("peft")
-        bases = {n: t for n, t in held.items() if n.startswith("base.")}
+        bases = {n: t for n, t in tensors.items() if n.startswith("base.")}
         layers = {n[5:-7] if peft else "x": t for n, t in bases.items()}
-        file = _adapter_alone(path, held, tmp_path)
+        file = _adapter_alone(path, tensors, tmp_path)
         shapes = {name: tuple(weight.shape) for name, weight in layers.items()}
-        found = read_adapter(file).resolve({"unet": shapes}).require()
-        assert {name for _, name in found.deltas} == set(layers)
-        for name, expected in held.items():
+        resolution = read_adapter(file).resolve({"unet": shapes}).require()
+        assert {name for _, name in resolution.deltas} == set(layers)
+        for name, expected in tensors.items():
             if not name.startswith("expected"):
                 continue
             layer, strength = name.removeprefix("expected").rsplit("@", 1)
             layer = layer.strip(".").removesuffix(".weight") or "x"
-            merged = merge(found.deltas["unet", layer], layers[layer], float(strength))
+            merged = merge(resolution.deltas["unet", layer], layers[layer], float(strength))
             assert (merged - expected).abs().max() <= 1e-5, (path.name, name)
             met += 1
     assert met >= 14
 
 
-def _adapter_alone(path: Path, held: dict[str, Tensor], folder: Path) -> Path:
+def _adapter_alone(path: Path, tensors: dict[str, Tensor], folder: Path) -> Path:
     """The adapter's own tensors as its program saves them; peft's with its configuration."""
     out = folder / path.stem / "adapter_model.safetensors"
     out.parent.mkdir()
-    save_file({n: t for n, t in held.items() if not n.startswith(("base.", "expected"))}, out)
+    save_file({n: t for n, t in tensors.items() if not n.startswith(("base.", "expected"))}, out)
     if path.name.startswith("peft"):
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "use_rslora": "rslora" in path.name}
         (out.parent / "adapter_config.json").write_text(json.dumps(config))

@@ -70,12 +70,12 @@ def test_sample_warns_before_it_draws(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_command_lists_it_and_judges_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo"]) == 0
-    shown = capsys.readouterr().out
-    found = headstart_weights.manifest()
-    assert len(found.concepts) == 28
-    for word in (*found.concepts, *found.styles, *found.backgrounds, *found.controls):
-        assert word in " ".join(shown.split())
+    output = capsys.readouterr().out
+    manifest = headstart_weights.manifest()
+    assert len(manifest.concepts) == 28
+    for word in (*manifest.concepts, *manifest.styles, *manifest.backgrounds, *manifest.controls):
+        assert word in " ".join(output.split())
     assert main(["demo", "a fox", "a dragon", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["things"] == list(found.concepts) and facts["odd"]["a fox"] is None
+    assert facts["things"] == list(manifest.concepts) and facts["odd"]["a fox"] is None
     assert "dragon" in facts["odd"]["a dragon"]

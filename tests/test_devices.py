@@ -32,12 +32,12 @@ class WithoutFloat64(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             is_double = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64
             if is_double and leaf.device.type in self.kinds and not self.host:
                 raise TypeError(f"{func}: the MPS framework doesn't support float64")
-        return found
+        return result
 
 
 @pytest.mark.parametrize("diversify", [(), ["cads:0.5", "embedding-noise:0.2", "pink:1"]])
@@ -86,21 +86,21 @@ def test_a_run_that_is_batched_draws_on_the_host_too(monkeypatch: pytest.MonkeyP
 def test_noise_of_the_host_is_the_same_to_the_bit_and_for_such_devices_alone() -> None:
     source, cpu = Philox([3, 4]), torch.device("cpu")
     assert noise_on(cpu, source) is source
-    found = noise_on(MPS, source)
-    assert isinstance(found, OnHost) and len(found) == 2
-    for own, other in zip(
-        (found.initial((4, 8), cpu), found.step(2, (4, 8), cpu)),
+    noise = noise_on(MPS, source)
+    assert isinstance(noise, OnHost) and len(noise) == 2
+    for actual, other in zip(
+        (noise.initial((4, 8), cpu), noise.step(2, (4, 8), cpu)),
         (source.initial((4, 8), cpu), source.step(2, (4, 8), cpu)),
         strict=True,
     ):
-        assert torch.equal(own, other)
+        assert torch.equal(actual, other)
 
 
 def test_mps_and_some_of_xpu_have_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_float64(MPS) and has_float64(torch.device("cuda", 0))
     for answer in (True, False):
         properties = type("Properties", (), {"has_fp64": answer})()
-        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, own=properties: own)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, value=properties: value)
         assert has_float64(torch.device("xpu", 0)) is answer
 
 

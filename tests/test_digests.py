@@ -35,15 +35,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are read through."""
-    found: list[Path] = []
+    paths: list[Path] = []
     read: Callable[[Path], str] = digests._read_through  # pyright: ignore[reportPrivateUsage]
 
     def spy(path: Path) -> str:
-        found.append(path)
+        paths.append(path)
         return read(path)
 
     monkeypatch.setattr(digests, "_read_through", spy)
-    return found
+    return paths
 
 
 def _file(folder: Path, data: bytes, name: str = "weights.bin") -> Path:
@@ -119,14 +119,14 @@ def test_small_files_are_not_kept(tmp_path: Path, cache: Path) -> None:
     "damage",
     [
         lambda _: b"",
-        lambda kept: kept[: len(kept) // 2],
+        lambda text: text[: len(text) // 2],
         lambda _: b"[]",
         lambda _: b"\xff\x00",
         lambda _: b"[" * 100_000,
-        lambda kept: kept.replace(FORMAT.encode(), b"somebody.else/1"),
-        lambda kept: kept.replace(b'"size": ', b'"size": "", "other": '),
-        lambda kept: kept.replace(b'"files": {', b'"files": [], "others": {'),
-        lambda kept: kept.replace(_sha(b"weights").encode(), b"not a digest"),
+        lambda text: text.replace(FORMAT.encode(), b"somebody.else/1"),
+        lambda text: text.replace(b'"size": ', b'"size": "", "other": '),
+        lambda text: text.replace(b'"files": {', b'"files": [], "others": {'),
+        lambda text: text.replace(_sha(b"weights").encode(), b"not a digest"),
     ],
 )
 def test_a_damaged_cache_is_as_none_and_is_written_anew(
@@ -181,8 +181,8 @@ def test_the_cache_forgets_what_was_read_first(
     monkeypatch.setattr(digests, "MOST", 3)
     for number in range(5):
         digest(_file(tmp_path, b"%d" % number, f"{number}.bin"), least=0)
-    kept = json.loads(cache.read_text())["files"]
-    assert [Path(path).name for path in kept] == ["2.bin", "3.bin", "4.bin"]
+    files_of = json.loads(cache.read_text())["files"]
+    assert [Path(path).name for path in files_of] == ["2.bin", "3.bin", "4.bin"]
 
 
 def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path, cache: Path) -> None:
@@ -203,8 +203,10 @@ def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path, cache: 
     for start, run in zip((0, 4, 8), runs, strict=True):
         sums = run.communicate(timeout=60)[0].split()
         assert sums == [_sha(p.read_bytes()) for p in files[start:] + files[:start]]
-    kept = json.loads(cache.read_text())["files"]
-    assert kept and all(own["sha256"] == _sha(Path(p).read_bytes()) for p, own in kept.items())
+    entries = json.loads(cache.read_text())["files"]
+    assert entries and all(
+        entry["sha256"] == _sha(Path(p).read_bytes()) for p, entry in entries.items()
+    )
 
 
 @pytest.mark.parametrize("off", ["off", "OFF", "", " ", "0"])
@@ -233,15 +235,15 @@ def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tests_never_use_the_users_own_cache() -> None:
-    own = cache_folder()
-    assert own is not None and not own.is_relative_to(Path.home() / ".cache")
+    folder = cache_folder()
+    assert folder is not None and not folder.is_relative_to(Path.home() / ".cache")
 
 
 def test_shards_are_weighed_by_the_digests_of_their_parts(tmp_path: Path, cache: Path) -> None:
     parts = (_file(tmp_path, b"a", "1"), _file(tmp_path, b"b", "2"))
     joined = hashlib.sha256(bytes.fromhex(_sha(b"a") + _sha(b"b"))).hexdigest()
-    found = weigh({"base": ("own", parts), "vae": ("other", parts[:1])})
-    assert found == {
+    digests = weigh({"base": ("own", parts), "vae": ("other", parts[:1])})
+    assert digests == {
         "base": {"file": "own", "sha256": joined},
         "vae": {"file": "other", "sha256": _sha(b"a")},
     }

@@ -64,7 +64,7 @@ def table(name: str, **settings: object) -> StepTable:
     return preset(name, **settings).compile(NoiseSchedule.scaled_linear())  # type: ignore[arg-type]
 
 
-def found(name: str, steps: int | None = None) -> Guess:
+def guess(name: str, steps: int | None = None) -> Guess:
     row = next(row for row in DISTILLATIONS if row.name == name)
     return Guess(distillation=row, steps=steps, why="name")
 
@@ -129,8 +129,8 @@ def test_the_surest_source_wins(tmp_path: Path) -> None:
     assert (scheduled.preset, scheduled.why) == ("lcm", "scheduler")
     path = tmp_path / "sdxl_lightning_4step.safetensors"
     save_file({"time_embedding.cond_proj.weight": torch.zeros(1)}, path)
-    seen = distillation.guess(path, Checkpoint([path]), "sdxl")
-    assert (seen.preset, seen.why) == ("lcm", "tensors")
+    result = distillation.guess(path, Checkpoint([path]), "sdxl")
+    assert (result.preset, result.why) == ("lcm", "tensors")
 
 
 @pytest.mark.parametrize(
@@ -157,20 +157,20 @@ def test_what_a_name_tells_about_the_prediction(
 @pytest.mark.parametrize(
     ("guess", "run"),
     [
-        (found("Lightning", 4), table("lightning")),
-        (found("Lightning", 8), table("lightning", steps=8)),
-        (found("Lightning", 8), table("lightning", steps=8, mode="skip-first", k=3)),
-        (found("Lightning"), table("lightning", steps=2)),
-        (found("Turbo"), table("turbo")),
-        (found("Turbo"), table("turbo", steps=2)),
-        (found("Turbo"), table("lightning")),
-        (found("LCM"), table("lcm")),
-        (found("LCM"), table("lcm", steps=8)),
-        (found("LCM"), table("paper-dmd2")),
-        (found("DMD2", 4), table("paper-dmd2")),
-        (found("DMD2", 4), table("dmd2")),
+        (guess("Lightning", 4), table("lightning")),
+        (guess("Lightning", 8), table("lightning", steps=8)),
+        (guess("Lightning", 8), table("lightning", steps=8, mode="skip-first", k=3)),
+        (guess("Lightning"), table("lightning", steps=2)),
+        (guess("Turbo"), table("turbo")),
+        (guess("Turbo"), table("turbo", steps=2)),
+        (guess("Turbo"), table("lightning")),
+        (guess("LCM"), table("lcm")),
+        (guess("LCM"), table("lcm", steps=8)),
+        (guess("LCM"), table("paper-dmd2")),
+        (guess("DMD2", 4), table("paper-dmd2")),
+        (guess("DMD2", 4), table("dmd2")),
         (Guess(), table("lcm")),
-        (found("LCM"), table("turbo", mode="base")),
+        (guess("LCM"), table("turbo", mode="base")),
     ],
 )
 def test_a_plan_on_the_trained_grid_is_no_complaint(guess: Guess, run: StepTable) -> None:
@@ -180,16 +180,16 @@ def test_a_plan_on_the_trained_grid_is_no_complaint(guess: Guess, run: StepTable
 @pytest.mark.parametrize(
     ("guess", "run", "expected"),
     [
-        (found("Turbo"), table("lcm"), r"runs it at 759, 499, 259: use preset='turbo'"),
-        (found("LCM"), table("lightning"), r"19 with fresh noise .* at 749, 499, 249: use preset"),
-        (found("Lightning", 4), table("lightning", steps=8), r"use preset='lightning', steps=4"),
-        (found("Lightning", 8), table("lightning", steps=4), r"use preset='lightning', steps=8"),
-        (found("Lightning", 4), table("dmd2"), r"with Euler steps; plan 'dmd2-hybrid' runs it at"),
-        (found("DMD2", 4), table("turbo"), r"with another update: use preset='dmd2', steps=4"),
-        (found("DMD2", 1), table("dmd2"), r"trained at timesteps 399 .* use preset='dmd2-1step'$"),
-        (found("LCM"), table("tcd", steps=4), r"with another update: use preset='lcm'"),
+        (guess("Turbo"), table("lcm"), r"runs it at 759, 499, 259: use preset='turbo'"),
+        (guess("LCM"), table("lightning"), r"19 with fresh noise .* at 749, 499, 249: use preset"),
+        (guess("Lightning", 4), table("lightning", steps=8), r"use preset='lightning', steps=4"),
+        (guess("Lightning", 8), table("lightning", steps=4), r"use preset='lightning', steps=8"),
+        (guess("Lightning", 4), table("dmd2"), r"with Euler steps; plan 'dmd2-hybrid' runs it at"),
+        (guess("DMD2", 4), table("turbo"), r"with another update: use preset='dmd2', steps=4"),
+        (guess("DMD2", 1), table("dmd2"), r"trained at timesteps 399 .* use preset='dmd2-1step'$"),
+        (guess("LCM"), table("tcd", steps=4), r"with another update: use preset='lcm'"),
         (
-            found("Hyper-SD", 8),
+            guess("Hyper-SD", 8),
             table("hyper-sd-unified", steps=8),
             r"use preset='hyper-sd', steps=8",
         ),

@@ -22,8 +22,8 @@ from headstart.plan.schedule import NoiseSchedule
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = Made.of("sdxl", 0, vocabulary=49408)
-    return made.write("folder", tmp_path_factory.mktemp("made") / "sdxl")
+    model = Made.of("sdxl", 0, vocabulary=49408)
+    return model.write("folder", tmp_path_factory.mktemp("made") / "sdxl")
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def row_at(timestep: float, images: Images, *, number: int = 0, total: int = 4) 
     return Row(number, total, step, images)
 
 
-def drawn(seeds: Sequence[int], sample: int, row: int, shape: Sequence[int]) -> Array:
+def normals(seeds: Sequence[int], sample: int, row: int, shape: Sequence[int]) -> Array:
     return philox_normal(seeds, [sample] * len(seeds), row, shape).double().numpy()
 
 
@@ -54,12 +54,12 @@ def text(rows: int, *shape: int, seed: int = 1) -> Tensor:
 def cads_oracle(y: Array, n: Array, cads: Cads, t: float) -> Array:
     """arXiv:2310.17347, algorithm 1, each image by itself."""
     g = float(np.clip((cads.high - t) / (cads.high - cads.low), 0.0, 1.0))
-    found = np.empty_like(y)
-    for i, own in enumerate(y):
-        noised = math.sqrt(g) * own + cads.scale * math.sqrt(1 - g) * n[i]
-        rescaled = (noised - noised.mean()) / noised.std(ddof=1) * own.std(ddof=1) + own.mean()
-        found[i] = cads.mix * rescaled + (1 - cads.mix) * noised
-    return found
+    expected = np.empty_like(y)
+    for i, row in enumerate(y):
+        noised = math.sqrt(g) * row + cads.scale * math.sqrt(1 - g) * n[i]
+        rescaled = (noised - noised.mean()) / noised.std(ddof=1) * row.std(ddof=1) + row.mean()
+        expected[i] = cads.mix * rescaled + (1 - cads.mix) * noised
+    return expected
 
 
 @pytest.mark.parametrize("cads", [Cads(0.25), Cads(2.0, low=0.2, high=0.95, mix=0.3), Cads(0.1)])
@@ -69,23 +69,23 @@ def test_cads_is_its_formula_for_the_tokens_and_the_pooled_text(
 ) -> None:
     """Errors: float32 operations on values of at most 12, and a mean and deviation of 40."""
     cond = hs.Conditioning(text(6, 5, 8), text(6, 8, seed=2), time_ids=torch.ones(6, 6))
-    found = cads.conditioning(cond, row_at(timestep, images_of(SEEDS), number=3))
+    result = cads.conditioning(cond, row_at(timestep, images_of(SEEDS), number=3))
     for tensor, before, sample in (
-        (found.context, cond.context, CONTEXT),
-        (found.pooled, cond.pooled, POOLED),
+        (result.context, cond.context, CONTEXT),
+        (result.pooled, cond.pooled, POOLED),
     ):
         assert tensor is not None and before is not None
-        n = drawn(SEEDS, sample, 3, before.shape[1:])
+        n = normals(SEEDS, sample, 3, before.shape[1:])
         expected = cads_oracle(before.double().numpy(), n, cads, timestep / 1000)
         np.testing.assert_allclose(tensor.double().numpy(), expected, rtol=1e-5, atol=2e-5)
-    assert torch.equal(found.context[2:4], cads.conditioning(
+    assert torch.equal(result.context[2:4], cads.conditioning(
         cond[2:4], row_at(timestep, images_of(SEEDS[2:4]), number=3)).context)  # fmt: skip
-    assert found.time_ids is cond.time_ids
+    assert result.time_ids is cond.time_ids
 
 
 def test_cads_gamma_falls_from_1_to_0_and_is_never_negative() -> None:
-    found = [Cads(0.25).gamma(t) for t in (0.0, 0.6, 0.75, 0.9, 1.0)]
-    assert found == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0])
+    gammas = [Cads(0.25).gamma(t) for t in (0.0, 0.6, 0.75, 0.9, 1.0)]
+    assert gammas == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0])
 
 
 def test_cads_leaves_a_prompt_alone_at_low_noise_and_takes_one_row_for_all() -> None:
@@ -102,30 +102,34 @@ def test_the_conditional_half_of_a_guided_call_alone_is_noised(
     method: Cads | EmbeddingNoise, dtype: torch.dtype
 ) -> None:
     cond = hs.Conditioning(text(12, 5, 8).to(dtype), text(12, 8).to(dtype))
-    found = method.conditioning(cond, row_at(999, images_of(SEEDS)))
-    assert found.context.dtype == dtype and found.pooled is not None and cond.pooled is not None
-    assert torch.equal(found.context[:6], cond.context[:6])
-    assert torch.equal(found.pooled[:6], cond.pooled[:6])
-    assert (found.context[6:] != cond.context[6:]).flatten(1).any(1).all()
-    assert torch.equal(found.pooled, cond.pooled) == isinstance(method, EmbeddingNoise)
+    result = method.conditioning(cond, row_at(999, images_of(SEEDS)))
+    assert result.context.dtype == dtype and result.pooled is not None and cond.pooled is not None
+    assert torch.equal(result.context[:6], cond.context[:6])
+    assert torch.equal(result.pooled[:6], cond.pooled[:6])
+    assert (result.context[6:] != cond.context[6:]).flatten(1).any(1).all()
+    assert torch.equal(result.pooled, cond.pooled) == isinstance(method, EmbeddingNoise)
 
 
 @pytest.mark.parametrize("method", [EmbeddingNoise(0.1), EmbeddingNoise(2.0, share=0.25, until=1)])
 def test_embedding_noise_is_its_formula(method: EmbeddingNoise) -> None:
     y = text(6, 77, 64)
-    found = method.conditioning(hs.Conditioning(y), row_at(999, images_of(SEEDS))).context
-    n, place = (drawn(SEEDS, sample, INITIAL, (77, 64)) for sample in (VALUE, WHERE))
+    result = method.conditioning(hs.Conditioning(y), row_at(999, images_of(SEEDS))).context
+    n, position = (normals(SEEDS, sample, INITIAL, (77, 64)) for sample in (VALUE, WHERE))
     u = np.vectorize(math.erf)(n / math.sqrt(2.0))
-    own = y.double().numpy()
-    std = own.std(axis=(1, 2), ddof=1, keepdims=True)
-    cut = np.quantile(place, method.share)  # what noise is drawn from is normal: so is its quantile
-    m = (found != y).numpy()
-    expected = own + method.strength * std * m * u
-    np.testing.assert_allclose(found.double().numpy(), expected, rtol=2e-6, atol=1e-5)
+    values = y.double().numpy()
+    std = values.std(axis=(1, 2), ddof=1, keepdims=True)
+    cut = np.quantile(
+        position, method.share
+    )  # what noise is drawn from is normal: so is its quantile
+    m = (result != y).numpy()
+    expected = values + method.strength * std * m * u
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=2e-6, atol=1e-5)
     deviation = math.sqrt(method.share * (1 - method.share) / m.size)
     assert abs(m.mean() - method.share) < 5 * deviation
-    assert place[m].max() < cut + 0.02 and place[~m].min() > cut - 0.02
-    noise = (found.double().numpy() - own)[m] / np.broadcast_to(method.strength * std, m.shape)[m]
+    assert position[m].max() < cut + 0.02 and position[~m].min() > cut - 0.02
+    noise = (result.double().numpy() - values)[m] / np.broadcast_to(method.strength * std, m.shape)[
+        m
+    ]
     counts, _ = np.histogram(noise, bins=10, range=(-1.0, 1.0))
     assert np.abs(noise).max() <= 1.0 + 1e-4  # of its strength, and uniform up to there
     assert np.abs(counts - len(noise) / 10).max() < 5 * math.sqrt(len(noise) / 10)
@@ -156,9 +160,9 @@ def repulsion_oracle(x: Array) -> Array:
 @pytest.mark.parametrize("count", [3, 4, 7, 30])
 def test_repulsion_is_its_sum(count: int) -> None:
     x = torch.randn(count, 2, 3, 3, generator=torch.Generator().manual_seed(2)).double() * 5
-    found = repulsion(x)
-    np.testing.assert_allclose(found.numpy(), repulsion_oracle(x.numpy()), rtol=1e-9, atol=1e-12)
-    assert found.sum(0).abs().max() < 1e-12  # it moves no mean
+    push = repulsion(x)
+    np.testing.assert_allclose(push.numpy(), repulsion_oracle(x.numpy()), rtol=1e-9, atol=1e-12)
+    assert push.sum(0).abs().max() < 1e-12  # it moves no mean
 
 
 def test_repulsion_is_minus_the_gradient_of_the_kernel_sum() -> None:
@@ -167,13 +171,13 @@ def test_repulsion_is_minus_the_gradient_of_the_kernel_sum() -> None:
     squares = torch.cdist(x.flatten(1), x.flatten(1)).square()
     h = torch.stack([squares[i, j] for i, j in combinations(range(5), 2)] * 2).median()
     h = h / math.log(5)
-    found = repulsion(x)
+    push = repulsion(x)
     for i in range(5):
-        own = x[i].clone().requires_grad_(True)
+        point = x[i].clone().requires_grad_(True)
         others = torch.cat((x[:i], x[i + 1 :])).detach()
-        total = -torch.exp(-(others - own).square().flatten(1).sum(1) / h).sum()
-        (gradient,) = torch.autograd.grad(total, own)
-        torch.testing.assert_close(found[i], gradient, rtol=1e-9, atol=1e-12)
+        total = -torch.exp(-(others - point).square().flatten(1).sum(1) / h).sum()
+        (gradient,) = torch.autograd.grad(total, point)
+        torch.testing.assert_close(push[i], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -187,8 +191,8 @@ def test_particles_move_x0_by_sigma_squared_times_the_push_within_each_prompt(
     for number, step in enumerate(table_of(base_guidance=guidance)):
         f = torch.randn(step.passes * 7, 4, 4, 4)
         x_in = (step.c_in * x).repeat(step.passes, 1, 1, 1)
-        found = method.output(f, x_in, Row(number, 4, step, images))
-        moved = (step.c_out * (found - f)).double().numpy().reshape(step.passes, *x.shape)
+        result = method.output(f, x_in, Row(number, 4, step, images))
+        moved = (step.c_out * (result - f)).double().numpy().reshape(step.passes, *x.shape)
         expected = np.zeros(x.shape)
         if step.sigma >= 1.0:
             for rows in ([0, 2, 5], [1, 3, 4, 6]):
@@ -216,13 +220,13 @@ def test_pink_noise_has_unit_variance_and_the_spectrum_it_says(size: int) -> Non
 
 def test_pink_noise_is_white_noise_filtered_by_its_gain() -> None:
     white = hs.Philox((4,))
-    found = Pink(1.0).noise(white).initial((2, 8, 12), CPU).double().numpy()
+    noise = Pink(1.0).noise(white).initial((2, 8, 12), CPU).double().numpy()
     n = white.initial((2, 8, 12), CPU).double().numpy()
     radius = np.hypot(np.fft.fftfreq(8)[:, None], np.fft.fftfreq(12)[None])
     gain = np.maximum(radius, 1 / 12) ** -0.5
     gain /= math.sqrt((gain**2).mean())  # over all frequencies: unit variance
     expected = np.fft.ifft2(np.fft.fft2(n) * gain).real
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(noise, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_interval_guidance_is_a_table_with_fewer_guided_rows() -> None:
@@ -244,11 +248,11 @@ def test_farthest_is_greedy_max_min() -> None:
     assert farthest(line, 5) == [0, 1, 2, 3, 4]
     points = torch.randn(9, 3, generator=torch.Generator().manual_seed(5))
     best = max(
-        min(float((points[i] - points[j]).norm()) for i, j in combinations(own, 2))
-        for own in combinations(range(9), 4)
+        min(float((points[i] - points[j]).norm()) for i, j in combinations(subset, 2))
+        for subset in combinations(range(9), 4)
     )
-    found = farthest(points, 4)
-    worst = min(float((points[i] - points[j]).norm()) for i, j in combinations(found, 2))
+    chosen = farthest(points, 4)
+    worst = min(float((points[i] - points[j]).norm()) for i, j in combinations(chosen, 2))
     assert worst >= best / 2  # Gonzalez's bound
 
 
@@ -308,8 +312,8 @@ def test_no_method_reads_a_tensor_back_to_the_host(method: Method) -> None:
         position.begin(step)
         count = 6 * step.passes
         x_in, cond = torch.randn(count, 4, 8, 8), hs.Conditioning(text(count, 5, 8))
-        with Read() as seen:
+        with Read() as result:
             f = network(x_in, torch.full((count,), 7), cond)
-        assert (seen.found == [] or not changed) and position.row.step == step
+        assert (result.found == [] or not changed) and position.row.step == step
         changed.append(not torch.equal(f, Echo()(x_in, f, cond)))
     assert changed[:2] == [True, True]

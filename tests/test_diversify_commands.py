@@ -44,7 +44,7 @@ def test_the_help_names_every_method(command: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         build_parser([command]).parse_args([command, "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert all(known.example in printed for known in NAMES.values())
+    assert all(method.example in printed for method in NAMES.values())
 
 
 def test_sampled_images_are_the_engines_and_their_record_replays(
@@ -89,8 +89,8 @@ def test_compare_adds_a_row_for_each_method_below_the_four_plans(
     words += [word for method in methods for word in ("--diversify", method)]
     sheet = tmp_path / "sheet.png"
     assert main([*words, "--out", str(sheet)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {row["name"]: row for row in found["plans"]}
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in report["plans"]}
     assert list(rows) == ["base", "distilled", "hybrid", "skip-first", *methods]
     assert [row["passes"] for row in rows.values()] == [60, 4, 4, 3, 4, 4, 5]
     assert len({row["diversity"] for row in rows.values()}) == 7
@@ -102,15 +102,15 @@ def test_the_table_and_the_sheet_of_compare_have_room_for_a_long_method() -> Non
     engine = hs.Engine.demo()
     tables = dict.fromkeys(PLANS, engine.compile("distilled"))
     long = parse_method("embedding-noise:0.123456789,share=0.123456789,until=0.123456789")
-    drawn = PictureSource("pictures", engine.weights.lineage, frozenset({(64, 64)}))
-    judge, _ = choose_judge([drawn], None)
-    found = compare(engine, "a fox", range(2), judge, tables=tables, methods=[Select(2), long])
-    lines = str(found).splitlines()
+    source = PictureSource("pictures", engine.weights.lineage, frozenset({(64, 64)}))
+    judge, _ = choose_judge([source], None)
+    comparison = compare(engine, "a fox", range(2), judge, tables=tables, methods=[Select(2), long])
+    lines = str(comparison).splitlines()
     assert len(lines) == 7 and len({len(line) for line in lines}) == 1
-    assert lines[-1].startswith(str(long)) and found.outcomes[-1].passes == 4
-    assert "select:2: images of the seeds that it chose" in footer_of(found)
+    assert lines[-1].startswith(str(long)) and comparison.outcomes[-1].passes == 4
+    assert "select:2: images of the seeds that it chose" in footer_of(comparison)
     top = 196 + 5 * (136 + 34)  # the last row's name
-    name = np.asarray(sheet_of(found))[top - 4 : top + 34, 64 : 64 + 292]
+    name = np.asarray(sheet_of(comparison))[top - 4 : top + 34, 64 : 64 + 292]
     assert (name[:, -20:] == name[0, -1]).all() and (name[:, :-20] != name[0, -1]).any()
 
 
@@ -137,7 +137,7 @@ def test_a_sweep_has_the_engines_images_whatever_ends_it_and_however_many_ranks(
     assert settings["diversify"] == ["particles:64", "select:2"] and settings["passes"] == 5
     engine = hs.Engine.demo()
     for prompt, letter in (("a fox", "f"), ("an owl", "o")):
-        rows = [n for n, own in enumerate("fofoofoff") if own == letter]
+        rows = [n for n, kind in enumerate("fofoofoff") if kind == letter]
         run = engine.sample(
             prompt, seeds=range(1, len(rows) + 1), plan="distilled",
             diversify=settings["diversify"], batch=len(rows),

@@ -45,11 +45,11 @@ def test_every_method_changes_the_images_and_costs_what_it_says(
     engine: hs.Engine, method: str
 ) -> None:
     plain = engine.sample("a frog", plan="distilled", seeds=SEEDS)
-    found = engine.sample("a frog", plan="distilled", seeds=SEEDS, diversify=method)
-    assert found.passes == (5 if method == "select:2" else 4) and plain.passes == 4
-    assert found.table == plain.table and str(found.diversify[0]) == method
-    assert not torch.equal(found.rgb, plain.rgb)
-    assert found.record()["diversify"] == [method] and "diversify" not in plain.record()
+    trajectory = engine.sample("a frog", plan="distilled", seeds=SEEDS, diversify=method)
+    assert trajectory.passes == (5 if method == "select:2" else 4) and plain.passes == 4
+    assert trajectory.table == plain.table and str(trajectory.diversify[0]) == method
+    assert not torch.equal(trajectory.rgb, plain.rgb)
+    assert trajectory.record()["diversify"] == [method] and "diversify" not in plain.record()
 
 
 @pytest.mark.parametrize("method", ["cads:0.25", "embedding-noise:1", "pink:1"])
@@ -71,9 +71,9 @@ def test_images_of_a_prompt_do_not_depend_on_the_other_prompts(
     seeds = [5, 1, 6, 2, 3, 7, 4]
     every = engine.sample(prompts, plan="distilled", seeds=seeds, diversify=method)
     for prompt in ("a fox", "an owl"):
-        rows = [row for row, own in enumerate(prompts) if own == prompt]
-        own = [seeds[row] for row in rows]
-        alone = engine.sample(prompt, plan="distilled", seeds=own, diversify=method)
+        rows = [row for row, text in enumerate(prompts) if text == prompt]
+        text = [seeds[row] for row in rows]
+        alone = engine.sample(prompt, plan="distilled", seeds=text, diversify=method)
         near(alone, every, rows)
         if every.chosen is not None:
             assert alone.chosen == tuple(every.chosen[row] for row in rows)
@@ -87,45 +87,49 @@ def test_a_chosen_image_is_that_of_its_seed_without_the_method(
     engine: hs.Engine, plan: str, settings: dict[str, object]
 ) -> None:
     table = engine.compile(plan, **settings)  # pyright: ignore[reportArgumentType]
-    found = engine.sample(
+    trajectory = engine.sample(
         "a fox", plan=table, seeds=SEEDS, diversify="select:3", keep_x0=True,
         negative="a dog" if plan == "base" else None,
     )  # fmt: skip
-    assert found.seeds == SEEDS and found.chosen is not None and len(set(found.chosen)) == 4
-    assert set(found.chosen) - set(SEEDS)
+    assert (
+        trajectory.seeds == SEEDS
+        and trajectory.chosen is not None
+        and len(set(trajectory.chosen)) == 4
+    )
+    assert set(trajectory.chosen) - set(SEEDS)
     again = engine.sample(
-        "a fox", plan=table, seeds=found.chosen, keep_x0=True,
+        "a fox", plan=table, seeds=trajectory.chosen, keep_x0=True,
         negative="a dog" if plan == "base" else None,
     )  # fmt: skip
-    near(again, found, range(4))
-    assert found.x0 is not None and again.x0 is not None
-    torch.testing.assert_close(again.x0, found.x0, rtol=0, atol=2e-4)
-    assert found.passes == again.passes + 2 * table[0].passes
-    assert found.record()["chosen"] == list(found.chosen)
+    near(again, trajectory, range(4))
+    assert trajectory.x0 is not None and again.x0 is not None
+    torch.testing.assert_close(again.x0, trajectory.x0, rtol=0, atol=2e-4)
+    assert trajectory.passes == again.passes + 2 * table[0].passes
+    assert trajectory.record()["chosen"] == list(trajectory.chosen)
 
 
 def test_the_chosen_first_steps_are_the_most_different_of_all_candidates(
     engine: hs.Engine,
 ) -> None:
-    found = engine.sample("a fox", plan="distilled", seeds=SEEDS, diversify="select:2")
+    trajectory = engine.sample("a fox", plan="distilled", seeds=SEEDS, diversify="select:2")
     pool = [seed_of(seed, number) for seed in SEEDS for number in range(2)]
     first = next(engine.iterate("a fox", plan="distilled", seeds=pool))
     best = farthest(pooled(first.x0).double(), 4)
-    assert found.chosen == tuple(pool[row] for row in best)
+    assert trajectory.chosen == tuple(pool[row] for row in best)
 
 
 def test_candidates_run_with_the_other_methods(engine: hs.Engine) -> None:
     methods = ["cads:0.25", "pink:1"]
-    found = engine.sample("a fox", seeds=SEEDS, diversify=["select:2", *methods])
-    assert found.chosen is not None
-    near(engine.sample("a fox", seeds=found.chosen, diversify=methods), found, range(4))
+    trajectory = engine.sample("a fox", seeds=SEEDS, diversify=["select:2", *methods])
+    assert trajectory.chosen is not None
+    near(engine.sample("a fox", seeds=trajectory.chosen, diversify=methods), trajectory, range(4))
 
 
 def test_a_step_is_told_once_a_row_and_the_states_are_the_trajectory(engine: hs.Engine) -> None:
     states: list[hs.State] = []
-    found = engine.sample("a fox", seeds=SEEDS, diversify=MIXED, on_step=states.append)
+    trajectory = engine.sample("a fox", seeds=SEEDS, diversify=MIXED, on_step=states.append)
     assert [state.step for state in states] == [0, 1, 2, 3]
-    assert torch.equal(states[-1].x, found.latents) and len(states[0].x) == 4
+    assert torch.equal(states[-1].x, trajectory.latents) and len(states[0].x) == 4
     again = [*engine.iterate("a fox", seeds=SEEDS, diversify=MIXED)]
     assert all(torch.equal(a.x, b.x) for a, b in zip(states, again, strict=True))
 
@@ -147,22 +151,22 @@ def test_a_branch_of_a_run_with_methods_goes_on_to_its_bits(engine: hs.Engine) -
 
 @pytest.mark.parametrize("methods", [*EACH, MIXED])
 def test_a_record_replays_to_the_bit(engine: hs.Engine, methods: str | Sequence[str]) -> None:
-    found = engine.sample("a fox", seeds=SEEDS, diversify=methods)
-    record = json.loads(json.dumps(found.record()))
+    trajectory = engine.sample("a fox", seeds=SEEDS, diversify=methods)
+    record = json.loads(json.dumps(trajectory.record()))
     again = hs.replay(record, engine)
-    assert again.chosen == found.chosen and again.diversify == found.diversify
+    assert again.chosen == trajectory.chosen and again.diversify == trajectory.diversify
 
 
 def test_the_table_of_an_interval_is_recorded_and_replayed_as_it_ran(engine: hs.Engine) -> None:
     options = {"plan": "base", "steps": 4, "base_guidance": 2.0}
     plain = engine.compile(**options)  # type: ignore[arg-type]
-    found = engine.sample("a fox", diversify=INSIDE, **options)  # type: ignore[arg-type]
+    trajectory = engine.sample("a fox", diversify=INSIDE, **options)  # type: ignore[arg-type]
     levels = [step.sigma for step in plain if not 0.3 < step.sigma <= 3]
-    assert 0 < len(levels) < 4 and found.passes == plain.passes() - len(levels)
-    by_hand = engine.sample("a fox", plan=found.table)
-    assert torch.equal(found.latents, by_hand.latents)
-    again = hs.replay(found.record(), engine)
-    assert again.table == found.table and again.record()["diversify"] == [INSIDE]
+    assert 0 < len(levels) < 4 and trajectory.passes == plain.passes() - len(levels)
+    by_hand = engine.sample("a fox", plan=trajectory.table)
+    assert torch.equal(trajectory.latents, by_hand.latents)
+    again = hs.replay(trajectory.record(), engine)
+    assert again.table == trajectory.table and again.record()["diversify"] == [INSIDE]
 
 
 def test_a_record_of_a_method_that_is_not_known_here_is_refused(engine: hs.Engine) -> None:
@@ -208,10 +212,10 @@ def test_the_dial_is_a_strength_of_the_distilled_lora(lora: hs.Engine) -> None:
         ("dial:0.25", Strength(0.25, models=("distilled",))),
         ("dial:0.25,first=1", Strength(models=("distilled",), rows=(1.0, 0.25, 1.0, 1.0))),
     ):
-        found = lora.sample("a fox", seeds=SEEDS, diversify=method)
+        trajectory = lora.sample("a fox", seeds=SEEDS, diversify=method)
         by_hand = lora.sample("a fox", seeds=SEEDS, adapters={name: strength})
-        assert torch.equal(found.latents, by_hand.latents)
-        assert hs.replay(found.record(), lora).diversify == found.diversify
+        assert torch.equal(trajectory.latents, by_hand.latents)
+        assert hs.replay(trajectory.record(), lora).diversify == trajectory.diversify
         assert lora.adapters[name].strength == Strength(models=("distilled",))
     dialled = lora.sample("a fox", plan="distilled", seeds=SEEDS, diversify="dial:0")
     base = lora.sample("a fox", plan="replace-final", k=4, seeds=SEEDS)

@@ -23,11 +23,11 @@ from headstart.diversify.select import Select
 
 
 def test_every_method_is_in_the_table_by_its_own_name_with_an_example_that_reads() -> None:
-    for name, known in NAMES.items():
-        method = parse_method(known.example)
-        assert type(method) is known.kind and known.kind.name == name
-        assert str(method) == known.example
-        assert [own.name for own in fields(known.kind)] == list(known.kind.limits)
+    for name, entry in NAMES.items():
+        method = parse_method(entry.example)
+        assert type(method) is entry.kind and entry.kind.name == name
+        assert str(method) == entry.example
+        assert [field.name for field in fields(entry.kind)] == list(entry.kind.limits)
 
 
 def numbers(limits: Limits) -> st.SearchStrategy[float]:
@@ -39,11 +39,11 @@ def numbers(limits: Limits) -> st.SearchStrategy[float]:
 
 @st.composite
 def methods(draw: st.DrawFn) -> Any:
-    kind = draw(st.sampled_from([known.kind for known in NAMES.values()]))
+    kind = draw(st.sampled_from([entry.kind for entry in NAMES.values()]))
     first, *others = fields(kind)
     options: dict[str, float] = {first.name: draw(numbers(kind.limits[first.name]))}
-    for own in draw(st.lists(st.sampled_from(others), unique=True)) if others else ():
-        options[own.name] = draw(numbers(kind.limits[own.name]))
+    for name in draw(st.lists(st.sampled_from(others), unique=True)) if others else ():
+        options[name.name] = draw(numbers(kind.limits[name.name]))
     try:
         return kind(**options)
     except hs.InputError as error:
@@ -74,7 +74,7 @@ def test_any_text_is_a_method_or_one_short_error(text: str) -> None:
         assert len(lines) <= 10 and all(len(line) < 400 for line in lines)
         return
     assert parse_method(str(method)) == method
-    values = [getattr(method, own.name) for own in fields(method)]  # type: ignore[arg-type]
+    values = [getattr(method, field.name) for field in fields(method)]  # type: ignore[arg-type]
     assert all(value is None or not math.isnan(value) for value in values)
 
 
@@ -87,8 +87,8 @@ def test_spaces_and_other_forms_of_a_number_are_the_same_method() -> None:
 
 
 def test_methods_are_read_in_their_order_as_text_or_data() -> None:
-    found = read_methods(["pink:1", Cads(0.1), "select:2"])
-    assert found == (Pink(1.0), Cads(0.1), Select(2))
+    methods = read_methods(["pink:1", Cads(0.1), "select:2"])
+    assert methods == (Pink(1.0), Cads(0.1), Select(2))
     assert read_methods(()) == () and read_methods("pink:1") == (Pink(1.0),)
 
 

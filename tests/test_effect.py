@@ -41,21 +41,21 @@ def variety(engine: hs.Engine, plan: str) -> dict[str, float]:
 def shows_the_effect(engine: hs.Engine) -> Mapping[str, bool]:
     """Distilling loses at least a third, one base step brings back half, pictures stay right."""
     base, distilled, hybrid = (variety(engine, p) for p in ("base", "distilled", "hybrid"))
-    found = {"right": min(p["right"] for p in (base, distilled, hybrid)) > 0.9}
+    effects = {"right": min(p["right"] for p in (base, distilled, hybrid)) > 0.9}
     for space in SPACES:
         lost = base[space] - distilled[space]
-        found[f"lost, {space}"] = lost > base[space] / 3
-        found[f"recovered, {space}"] = hybrid[space] - distilled[space] > lost / 2
-    return found
+        effects[f"lost, {space}"] = lost > base[space] / 3
+        effects[f"recovered, {space}"] = hybrid[space] - distilled[space] > lost / 2
+    return effects
 
 
 def test_distilling_loses_variety_and_one_base_step_brings_most_of_it_back() -> None:
-    found = shows_the_effect(hs.Engine.demo(device="cpu"))
-    assert all(found.values()), found
+    effects = shows_the_effect(hs.Engine.demo(device="cpu"))
+    assert all(effects.values()), effects
 
 
 def test_a_pair_without_the_effect_is_noticed() -> None:
     """The base as its own student loses nothing."""
     base = headstart_weights.path("base")
-    found = shows_the_effect(hs.Engine.load(base, base, preset="demo", device="cpu"))
-    assert not found["lost, scorer"] and not found["lost, structure"]
+    effects = shows_the_effect(hs.Engine.load(base, base, preset="demo", device="cpu"))
+    assert not effects["lost, scorer"] and not effects["lost, structure"]

@@ -49,9 +49,9 @@ def test_a_training_checkpoint_gives_either(tmp_path: Path, trained: UNet, avera
     path, tensors = full(tmp_path / "full.safetensors", trained)
     assert same(load_unet(path), trained) and same(load_unet(path, ema=False), trained)
     assert same(load_unet(path, ema=True), average)
-    held = Checkpoint.open(path, ema=True)
+    checkpoint = Checkpoint.open(path, ema=True)
     name = UNET + "out.0.weight"
-    assert held.numbers(name).tolist() == (0.75 * tensors[name]).tolist()
+    assert checkpoint.numbers(name).tolist() == (0.75 * tensors[name]).tolist()
     (note,) = inspect_checkpoint(path).notes[-1:]
     assert note == (
         "unet: there are trained weights and their average (EMA): those read are the trained ones; "
@@ -110,8 +110,8 @@ def test_diffusers_folders_give_either(tmp_path: Path, trained: UNet, average: U
             assert same(load_unet(path), main)
             assert same(load_unet(path, ema=True), average)
             assert same(load_unet(path, ema=False), trained)
-        held = "trained" if main is trained else "averaged"
-        assert f"those read are the {held} ones" in inspect_checkpoint(root).notes[-1]
+        content = "trained" if main is trained else "averaged"
+        assert f"those read are the {content} ones" in inspect_checkpoint(root).notes[-1]
     assert same(load_unet(none, ema=False), trained)
     with pytest.raises(CheckpointError, match=r"no averaged weights .* leave out --ema"):
         load_unet(none, ema=True)

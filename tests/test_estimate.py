@@ -21,25 +21,25 @@ def test_bench_estimates_without_reading_a_weight_and_says_that_it_is_an_estimat
     printed = capsys.readouterr().out
     assert "an estimate, not a measurement" in printed and "GeForce RTX 4090" in printed
     assert "NVIDIA Ada GPU Architecture whitepaper" in printed
-    found = json.loads(out.read_text())
-    assert [own["plan"] for own in found["estimates"]] == ["demo-hybrid", "demo-base"]
-    assert found["evidence"] == "estimate"
-    hybrid = found["estimates"][0]
-    assert [own["stage"] for own in hybrid["stages"]] == [
+    report = json.loads(out.read_text())
+    assert [estimate["plan"] for estimate in report["estimates"]] == ["demo-hybrid", "demo-base"]
+    assert report["evidence"] == "estimate"
+    hybrid = report["estimates"][0]
+    assert [estimate["stage"] for estimate in hybrid["stages"]] == [
         *("text", "base prompt", "base pass", "distilled prompt", "distilled pass"),
         *("step", "decode"),
     ]
-    assert hybrid["total"]["flops"] == sum(own["flops"] for own in hybrid["stages"])
+    assert hybrid["total"]["flops"] == sum(estimate["flops"] for estimate in hybrid["stages"])
 
 
 def test_bench_estimates_a_family_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     """LCM's four passes of SD1.5 at 512 px, 803 GFLOP each with FlopCounterMode over diffusers'."""
     command = ["--family", "sd15", "--device", "a10", "--dtype", "bfloat16", "--plan", "distilled"]
     assert main(["bench", "--estimate", *command, "--seeds", "0,1", "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["estimates"]
-    stages = {own["stage"]: own for own in found["stages"]}
-    assert found["size"] == [512, 512] and found["batch"] == 2
-    assert found["dtype"] == found["decode_dtype"] == "bfloat16"
+    (estimate,) = json.loads(capsys.readouterr().out)["estimates"]
+    stages = {stage["stage"]: stage for stage in estimate["stages"]}
+    assert estimate["size"] == [512, 512] and estimate["batch"] == 2
+    assert estimate["dtype"] == estimate["decode_dtype"] == "bfloat16"
     assert 0.98 * 803e9 < stages["distilled pass"]["flops"] / 4 / 2 < 1.001 * 803e9
     assert stages["text"]["rows"] == 1 and stages["decode"]["rows"] == 2
 

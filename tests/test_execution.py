@@ -115,8 +115,8 @@ def test_more_images_than_fit_are_several_launches(
         for options in ({}, {"noise": start}, {"diversify": "pink:1"}):
             done = whole.sample("cat", plan=plan, seeds=seeds, batch=2, keep_x0=True, **options)
             for part in (slice(0, 2), slice(2, 3)):
-                own = options | ({"noise": start[part]} if "noise" in options else {})
-                alone = eager.sample("cat", plan=plan, seeds=seeds[part], keep_x0=True, **own)
+                settings = options | ({"noise": start[part]} if "noise" in options else {})
+                alone = eager.sample("cat", plan=plan, seeds=seeds[part], keep_x0=True, **settings)
                 assert torch.equal(done.rgb[part], alone.rgb)
                 assert done.x0 is not None and alone.x0 is not None
                 assert torch.equal(done.x0[:, part], alone.x0)
@@ -125,8 +125,8 @@ def test_more_images_than_fit_are_several_launches(
 
 def test_noise_that_was_given_for_every_row(two: Pair) -> None:
     plan = with_update(hs.Update.RENOISE)
-    drawn = [hs.Philox([7, 8]).step(row, (4, 8, 8), CPU) for row in range(4)]
-    same(two, plan=plan, noise=hs.Given(drawn[0], drawn))
+    noise = [hs.Philox([7, 8]).step(row, (4, 8, 8), CPU) for row in range(4)]
+    same(two, plan=plan, noise=hs.Given(noise[0], noise))
 
 
 def test_strengths_of_adapters_by_row_and_sample(two: Pair, tmp_path: Path) -> None:
@@ -134,18 +134,18 @@ def test_strengths_of_adapters_by_row_and_sample(two: Pair, tmp_path: Path) -> N
     network: Any = two[0].denoisers["base"]
     file = write(tmp_path / "age.safetensors", random_lora(network, size=0.5))
     two[0].attach(file)
-    seen: list[Tensor] = []
+    states: list[Tensor] = []
     try:
         for strength in (0.0, 1.0, [0.5, -1.0], [[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [1.0, 1.0]]):
             options = {"adapters": {"age": strength}, "seeds": [1, 2], "plan": PLAN}
-            seen.append(same(two, **options).latents)
+            states.append(same(two, **options).latents)
         cut = two[1].sample("cat", batch=1, plan=PLAN, seeds=[1, 2], adapters={"age": [0.5, -1.0]})
         for image, strength in enumerate((0.5, -1.0)):
             one = {"seeds": [image + 1], "adapters": {"age": strength}, "plan": PLAN}
             assert torch.equal(cut.latents[image], two[0].sample("cat", **one).latents[0])
     finally:
         two[0].detach("age")
-    assert len({latents.sum().item() for latents in seen}) == len(seen)
+    assert len({latents.sum().item() for latents in states}) == len(states)
 
 
 def test_a_record_is_run_again_by_launch_and_by_row(two: Pair) -> None:
@@ -232,9 +232,9 @@ def test_other_ways_to_run_go_row_by_row(two: Pair) -> None:
 
 def poisoned(module: Any) -> Callable[[], None]:
     """Make its outputs NaN; returns what undoes it."""
-    kept = module.bias.detach().clone()
+    bias = module.bias.detach().clone()
     module.bias.data.fill_(float("nan"))
-    return lambda: module.bias.data.copy_(kept)
+    return lambda: module.bias.data.copy_(bias)
 
 
 def test_nan_is_named_as_in_a_run_by_rows(two: Pair) -> None:

@@ -15,7 +15,7 @@ from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 
 # Manifest -> family. LCM's guidance projection does not make another family.
-KNOWN = {name: name for name in FAMILIES if name != "demo"} | {
+MANIFESTS = {name: name for name in FAMILIES if name != "demo"} | {
     "lcm-sdxl": "sdxl",
     "lcm-sd15": "sd15",
 }
@@ -32,7 +32,7 @@ def of_unet(shapes: Shapes) -> Family:
     return family
 
 
-@pytest.mark.parametrize(("arch", "name"), KNOWN.items())
+@pytest.mark.parametrize(("arch", "name"), MANIFESTS.items())
 def test_every_full_size_unet_is_recognised(shared: Path, arch: str, name: str) -> None:
     family = of_unet(shapes_of(shared, arch))
     assert family is FAMILIES[name] and family.exact
@@ -40,7 +40,7 @@ def test_every_full_size_unet_is_recognised(shared: Path, arch: str, name: str) 
 
 def test_the_manifests_cover_every_family(shared: Path) -> None:
     there = {p.stem.removeprefix("unet_") for p in (shared / "manifests").glob("unet_*.json")}
-    assert there == set(KNOWN)
+    assert there == set(MANIFESTS)
 
 
 def test_the_demo_is_recognised_without_metadata(shared: Path) -> None:

@@ -34,8 +34,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
               "num_attention_heads": 2, "image_size": 32, "patch_size": 16}  # fmt: skip
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     transformers.CLIPModel(config).eval().save_pretrained(folder)
-    known = {"<s>": 0, "</s>": 1, "?": 2, **{word: 3 + n for n, word in enumerate(WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="?"))
+    vocabulary = {"<s>": 0, "</s>": 1, "?": 2, **{word: 3 + n for n, word in enumerate(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -81,9 +81,9 @@ def test_clip_features_are_the_models_own(clip: Path) -> None:
     with torch.no_grad():
         pooled = model.vision_model(pixel_values=_pixels(32, 32)).pooler_output
         expected = model.visual_projection(pooled).numpy()
-    found = judge.extractor.features(RGB)
-    assert found.shape == (3, 12) and found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    features = judge.extractor.features(RGB)
+    assert features.shape == (3, 12) and features.dtype == np.float64
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
     assert judge.extractor.name.startswith("clip:tiny-clip:")
 
 
@@ -174,8 +174,8 @@ def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(
     shutil.copytree(dinov2, folder)
     tensors = load_file(folder / "model.safetensors")
     removed = next(name for name in tensors if "norm1.weight" in name)
-    kept = {name: tensor for name, tensor in tensors.items() if name != removed}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    rest = {name: tensor for name, tensor in tensors.items() if name != removed}
+    save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors such as .*norm1.weight"):
         open_features(str(folder))
     (folder / "model.safetensors").write_bytes(b"\x80\x02not safetensors")

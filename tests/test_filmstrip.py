@@ -34,9 +34,9 @@ def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **options:
     )
     blank = np.full((size, size, 3), 200, np.uint8)
     space = feature_space(pixel_extractor(8))
-    seen = DecodedRun("a red", frames, good)
+    decoded = DecodedRun("a red", frames, good)
     watched = watch(
-        seen, ["a red", "a green"], {"a red": seen._replace(frames=255 - frames)}, scorer
+        decoded, ["a red", "a green"], {"a red": decoded._replace(frames=255 - frames)}, scorer
     )
     options = {"timeline": watched} | options
     return Strip(
@@ -53,7 +53,7 @@ def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **options:
     )
 
 
-def drawn(strips: list[Strip], **options: object) -> np.ndarray:
+def painted(strips: list[Strip], **options: object) -> np.ndarray:
     words = {"title": "a fox", "subtitle": "x0", "footer": "one · two"} | options
     return np.asarray(draw_filmstrip(strips, **words))  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def test_a_thinned_plan_still_shows_the_row_of_its_hand_off() -> None:
 
 def test_every_shown_picture_and_the_final_ones_are_on_the_sheet() -> None:
     one = strip("hybrid", table("hybrid"))
-    sheet = drawn([one])
+    sheet = painted([one])
     for picture in one.frames.reshape(-1, 64, 64, 3):
         assert has(sheet, picture)
 
@@ -115,8 +115,8 @@ def test_the_hand_off_is_a_line_in_the_accent_colour() -> None:
     def tallest(sheet: np.ndarray) -> int:
         return int((sheet == accent).all(-1).sum(0).max())
 
-    assert tallest(drawn([handed])) > 2 * 128
-    assert tallest(drawn([plain])) < 128  # the model's bar alone
+    assert tallest(painted([handed])) > 2 * 128
+    assert tallest(painted([plain])) < 128  # the model's bar alone
 
 
 def test_a_branch_is_marked_where_it_begins() -> None:
@@ -124,7 +124,7 @@ def test_a_branch_is_marked_where_it_begins() -> None:
     other = strip("hybrid · fresh noise", table("distilled"), timeline=None, from_step=2)
     assert other.branches_at == 2
     ink = np.array([0x1C, 0x1B, 0x1A])
-    columns = [(drawn([s]) == ink).all(-1).sum(0).max() for s in (same, other)]
+    columns = [(painted([s]) == ink).all(-1).sum(0).max() for s in (same, other)]
     assert columns[1] > columns[0] + 2 * 100
 
 
@@ -135,7 +135,7 @@ def test_a_missing_picture_is_a_grey_cell_and_not_a_black_one() -> None:
     missing = Strip(
         **{name: getattr(whole, name) for name in Strip.__slots__ if name != "good"}, good=good
     )
-    sheet = drawn([missing])
+    sheet = painted([missing])
     assert not has(sheet, whole.frames[1, 0])
     assert has(sheet, whole.frames[1, 1])
 
@@ -146,7 +146,7 @@ def test_words_of_any_length_and_seeds_of_any_size_stay_inside_the_sheet() -> No
         **{name: getattr(one, name) for name in Strip.__slots__ if name != "seeds"},
         seeds=(2**64 - 1, 7),
     )
-    sheet = drawn([many], title="fox " * 300, subtitle="y" * 500, footer="words " * 400)
+    sheet = painted([many], title="fox " * 300, subtitle="y" * 500, footer="words " * 400)
     for edge in (sheet[:, :40], sheet[:, -40:], sheet[:30], sheet[-30:]):
         assert (edge == sheet[0, 0]).all()
 
@@ -158,7 +158,7 @@ def test_pictures_of_any_size_are_drawn_beside_final_ones_of_another(size: int) 
     mixed = Strip(
         **{name: getattr(one, name) for name in Strip.__slots__ if name != "final"}, final=final
     )
-    assert drawn([mixed]).shape[1] < 1400
+    assert painted([mixed]).shape[1] < 1400
 
 
 def test_a_curve_is_broken_where_a_score_is_missing() -> None:

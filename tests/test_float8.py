@@ -43,7 +43,7 @@ def matrices(network: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
-def kept(network: nn.Module) -> set[str]:
+def eight_bit_names(network: nn.Module) -> set[str]:
     return {name for name, layer in matrices(network).items() if layer.weight.dtype == FLOAT8}
 
 
@@ -51,7 +51,7 @@ def rounded(network: Any) -> Any:
     """The same network in plain float32, with the weights that float8 left."""
     plain = UNet(network.params).requires_grad_(False).eval()
     plain.load_state_dict({name: t.float() for name, t in network.state_dict().items()})
-    for name in kept(network):
+    for name in eight_bit_names(network):
         plain.get_submodule(name).weight.data = weight_of(network.get_submodule(name))
     return plain
 
@@ -101,7 +101,7 @@ def test_a_unet_is_the_one_of_the_rounded_weights_to_the_bit(unet_file: Path) ->
     assert compute_dtype(few) == torch.float32
     wide = {n for n in matrices(few) if n.startswith(("conv_in", "conv_out", "time_embedding"))}
     wide |= {n for n in matrices(few) if n.endswith("time_emb_proj")}
-    assert kept(few) == set(matrices(few)) - wide and len(wide) > 6
+    assert eight_bit_names(few) == set(matrices(few)) - wide and len(wide) > 6
     assert few.state_dict().keys() == random_unet().state_dict().keys()
     assert torch.equal(call(few), call(rounded(few)))
     off = (call(few) - call(load_unet(unet_file))).norm() / call(load_unet(unet_file)).norm()
@@ -110,7 +110,7 @@ def test_a_unet_is_the_one_of_the_rounded_weights_to_the_bit(unet_file: Path) ->
 
 def test_it_takes_a_byte_a_weight(unet_file: Path) -> None:
     few = load_unet(unet_file, dtype="float8")
-    for name in kept(few):
+    for name in eight_bit_names(few):
         layer = few.get_submodule(name)
         assert layer.weight.untyped_storage().nbytes() == layer.weight.numel()
         assert dict(layer.named_buffers())["weight_scale"].numel() == len(layer.weight)
@@ -121,7 +121,7 @@ def test_a_file_of_float8_loads_as_what_it_says(tmp_path: Path) -> None:
     few = {n: t.to(FLOAT8) if t.ndim > 1 else t for n, t in tensors.items()}
     save_file(few, tmp_path / "x.safetensors", METADATA)
     network = load_unet(tmp_path / "x.safetensors", dtype="float8")
-    for name in kept(network):
+    for name in eight_bit_names(network):
         assert torch.equal(weight_of(network.get_submodule(name)), few[f"{name}.weight"].float())
     assert torch.equal(call(network), call(load_unet(tmp_path / "x.safetensors")))
 
@@ -182,11 +182,11 @@ def test_a_gguf_file_is_the_float8_of_its_real_numbers(tmp_path: Path) -> None:
         else plain_numbers(tensor.numpy())
         for number, (name, tensor) in enumerate(weights(UNet(GROUPS_OF_32)).items())
     }
-    assert sum(own.kind == "Q8_0" for own in packed.values()) > 40
+    assert sum(entry.kind == "Q8_0" for entry in packed.values()) > 40
     (tmp_path / "few.gguf").write_bytes(gguf(packed, {"general.architecture": "sd1"}))
     meant = {
-        name: torch.from_numpy(meaning(own).astype("<f4")).contiguous()
-        for name, own in packed.items()
+        name: torch.from_numpy(meaning(entry).astype("<f4")).contiguous()
+        for name, entry in packed.items()
     }
     save_file(meant, tmp_path / "real.safetensors", {"headstart.head_dim": "8"})
     convert(tmp_path / "few.gguf", tmp_path / "converted.safetensors")
@@ -200,10 +200,10 @@ def alike(one: UNet, other: UNet) -> bool:
     mine, theirs = (dict(n.named_parameters()) | dict(n.named_buffers()) for n in (one, other))
     return (
         mine.keys() == theirs.keys()
-        and bool(kept(one))
+        and bool(eight_bit_names(one))
         and all(
-            own.dtype == theirs[name].dtype and torch.equal(own.float(), theirs[name].float())
-            for name, own in mine.items()
+            tensor.dtype == theirs[name].dtype and torch.equal(tensor.float(), theirs[name].float())
+            for name, tensor in mine.items()
         )
     )
 
@@ -213,12 +213,12 @@ def test_the_large_text_encoder_alone_is_kept_so(
 ) -> None:
     path = make_ckpt("base.safetensors", "sdxl", "ldm", "--dtype", "F16")
     options: dict[str, Any] = {"tokenizer": small_tokenizer, "head_dim": 32, "dtype": "float8"}
-    assert [kept(tower) for tower in load_text(path, **options).towers] == [set(), set()]
+    assert [eight_bit_names(tower) for tower in load_text(path, **options).towers] == [set(), set()]
     second = load_text(path, **options).towers[1]
     monkeypatch.setattr(load, "_LARGE", second.params.width)
     first, second = load_text(path, **options).towers
-    assert bool(kept(first)) == (first.params.width >= second.params.width)
-    assert kept(second) == set(matrices(second)) - {"text_projection"}
+    assert bool(eight_bit_names(first)) == (first.params.width >= second.params.width)
+    assert eight_bit_names(second) == set(matrices(second)) - {"text_projection"}
     words = load_text(path, **options).encode(["a fox"])
     plain = load_text(path, **(options | {"dtype": None})).encode(["a fox"])
     assert words.context.dtype == torch.float32
@@ -241,31 +241,31 @@ def test_adapters_see_the_layer_as_what_it_is(unet_file: Path, tmp_path: Path, f
     """Beside it and merged into it: as on a plain float32 network of the rounded weights."""
     few = load_unet(unet_file, dtype="float8")
     plain = rounded(few)
-    path = next(name for name in sorted(kept(few)) if name.endswith("attn1.to_q"))
+    path = next(name for name in sorted(eight_bit_names(few)) if name.endswith("attn1.to_q"))
     layer = layers_of(few)[path]
     assert isinstance(layer, Matrix)
     rows, columns = layer.weight.shape
     file = write(tmp_path / "a.safetensors", FORMS[form](path.replace(".", "_"), rows, columns))
     before = call(few)
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     for network in (few, plain):
         adapters = hs.AdapterSet({"base": network})
         adapters.attach(file, 0.5)
-        found.append(call(network, torch.full((2, 1), 0.5) if form == "lora" else None))
+        outputs.append(call(network, torch.full((2, 1), 0.5) if form == "lora" else None))
         adapters.detach("a")
-    assert torch.equal(*found) and not torch.equal(found[0], before)
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], before)
     assert torch.equal(call(few), before)
 
 
 def test_an_engine_records_it_and_replays(tmp_path: Path) -> None:
     engine = hs.Engine.demo(device="cpu", dtype="float8")
     assert (engine.weights.dtype, engine.weights.vae_dtype) == (torch.float32,) * 2
-    made = engine.sample("a red circle", seeds=[1], plan="distilled")
-    machine = made.record()["machine"]
+    trajectory = engine.sample("a red circle", seeds=[1], plan="distilled")
+    machine = trajectory.record()["machine"]
     assert (machine["dtype"], machine["vae_dtype"]) == ("float8", "float32")
-    hs.replay(made.record(), hs.Engine.demo(device="cpu", dtype="float8"))
+    hs.replay(trajectory.record(), hs.Engine.demo(device="cpu", dtype="float8"))
     with pytest.raises(InputError, match="dtype 'float8' then, 'float32' now"):
-        hs.replay(made.record(), hs.Engine.demo(device="cpu"))
+        hs.replay(trajectory.record(), hs.Engine.demo(device="cpu"))
 
 
 def test_on_a_gpu_it_computes_in_half_and_allocates_by_no_value() -> None:
@@ -290,18 +290,18 @@ def test_on_a_gpu_it_computes_in_half_and_allocates_by_no_value() -> None:
             times = torch.empty(2, dtype=torch.float32)
     finally:
         torch.set_default_dtype(before)
-    known = [*network.parameters(), *network.buffers(), *plain.parameters()]
+    memory = [*network.parameters(), *network.buffers(), *plain.parameters()]
     outputs: list[Tensor] = []
 
     def step(called: UNet) -> None:
         with torch.inference_mode():
             outputs.append(called(x, times, Conditioning(context)))
 
-    declared = [*known, x, times, context]
+    declared = [*memory, x, times, context]
     half = audit(lambda _: step(plain), [(), ()], fake=fake, declared=declared)
     report = audit(lambda _: step(network), [(), ()], fake=fake, declared=declared)
     assert {f.operator for f in report.findings} == {f.operator for f in half.findings}
     assert {f.hazard for f in report.findings} <= {Hazard.RANDOM}, "attention over small heads"
     assert {out.dtype for out in outputs} == {torch.float16}
-    own, other = ([operator.name for operator in each.operators] for each in (report, half))
-    assert len(own) - len(other) == 2 * len(scales), "each widened and scaled, and nothing else"
+    names, other = ([operator.name for operator in each.operators] for each in (report, half))
+    assert len(names) - len(other) == 2 * len(scales), "each widened and scaled, and nothing else"

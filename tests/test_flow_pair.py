@@ -49,7 +49,7 @@ def velocity(z: Tensor, time: float, prediction: hs.Prediction) -> Tensor:
     return (x - x0) / sigma - x0
 
 
-def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     noise = torch.Generator().manual_seed(3)
     z = torch.randn(len(TIMES), 4, 6, 6, generator=noise, dtype=torch.float64)
     return z.to(dtype), torch.tensor(TIMES, dtype=dtype)
@@ -62,33 +62,33 @@ def test_v_is_the_exact_formula_in_float64(prediction: str) -> None:
     The formula above subtracts: its terms are at most (1 + sigma)/sigma*|z| and |x0|(1 + 1/sigma),
     50 times the state at time 20. Twelve roundings of terms so large, and as many of ours.
     """
-    z, times = drawn(torch.float64)
-    found = flow_pair.as_flow(network, DEMO_SCHEDULE, prediction)(z, times, COND)
-    for own, time, one in zip(z, TIMES, found, strict=True):
-        expected = velocity(own[None], time, hs.Prediction(prediction))[0]
-        largest = 1000.0 / time * (own.abs().max() + 2.0) * 4.0
+    z, times = inputs(torch.float64)
+    outputs = flow_pair.as_flow(network, DEMO_SCHEDULE, prediction)(z, times, COND)
+    for row, time, one in zip(z, TIMES, outputs, strict=True):
+        expected = velocity(row[None], time, hs.Prediction(prediction))[0]
+        largest = 1000.0 / time * (row.abs().max() + 2.0) * 4.0
         assert (one - expected).abs().max() <= 24 * 2.0**-52 * largest
 
 
 def test_half_precision_is_rounded_once_on_the_way_in_and_once_out() -> None:
     """v = of_state*z + of_output*F: the network's input and v are float16, all else float32."""
-    z, times = drawn(torch.float16)
-    seen = flow_pair.as_flow(network, DEMO_SCHEDULE, "v")
-    found, exact = seen(z, times, COND), seen(z.double(), times.double(), COND)
-    assert found.dtype == torch.float16
+    z, times = inputs(torch.float16)
+    flow = flow_pair.as_flow(network, DEMO_SCHEDULE, "v")
+    output, exact = flow(z, times, COND), flow(z.double(), times.double(), COND)
+    assert output.dtype == torch.float16
     # The toy network computes in float16 too: 6 roundings in it, 2 around it; |v| < 8, |F| < 4.
-    assert (found - exact).abs().max() <= 8 * 2.0**-11 * 8
+    assert (output - exact).abs().max() <= 8 * 2.0**-11 * 8
 
 
 def test_pure_noise_says_the_x0_that_it_says_on_the_pairs_own_schedule() -> None:
     """At t = 1 the state is the noise, v = noise - x0; and VP starts at the same unit variance."""
-    noise = drawn(torch.float64)[0]
+    noise = inputs(torch.float64)[0]
     times = torch.full((len(noise),), 1000.0, dtype=torch.float64)
     v = flow_pair.as_flow(network, DEMO_SCHEDULE, "v")(noise, times, COND)
     top, sigma = DEMO_SCHEDULE.highest
-    found = hs.Prediction.V.scalings(sigma)
+    scalings = hs.Prediction.V.scalings(sigma)
     f = network(noise, torch.full_like(times, top), COND)
-    x0 = found.c_skip / found.c_in * noise + found.c_out * f
+    x0 = scalings.c_skip / scalings.c_in * noise + scalings.c_out * f
     # sigma = 2^24 stands for infinity: (1 + sigma)/sigma is off by 2^-24 of terms up to 8.
     assert (noise - v - x0).abs().max() <= 8 * 2.0**-24
 
@@ -123,9 +123,9 @@ def test_the_bundled_pair_draws_the_same_pictures_as_a_flow_on_its_own_levels() 
         hs.Leg(model="distilled", sigmas=tuple(levels[1:])),
     )
     plan = hs.Plan(legs, start="unit")
-    own = hs.Engine.demo(device="cpu").sample("a fox", plan="hybrid", seeds=range(3))
-    seen = flow_pair.flow_engine().sample("a fox", plan=plan, seeds=range(3))
-    assert np.abs(own.rgb.numpy().astype(int) - seen.rgb.numpy().astype(int)).max() <= 1
+    trajectory = hs.Engine.demo(device="cpu").sample("a fox", plan="hybrid", seeds=range(3))
+    flow = flow_pair.flow_engine().sample("a fox", plan=plan, seeds=range(3))
+    assert np.abs(trajectory.rgb.numpy().astype(int) - flow.rgb.numpy().astype(int)).max() <= 1
 
 
 @needs_pair
@@ -156,14 +156,16 @@ def test_compare_runs_on_the_pair_as_flows() -> None:
 
     engine = flow_pair.flow_engine()
     side = engine.weights.image_size
-    drawn = PictureSource("flow", engine.weights.lineage, frozenset({(side, side)}))
+    inputs = PictureSource("flow", engine.weights.lineage, frozenset({(side, side)}))
     tables = flow_pair.compare_tables(engine)
     hybrid = tables["hybrid"]
     assert hybrid[hybrid.handoffs[0]].sigma == pytest.approx(5.0 * 0.4)
     assert [step.model for step in hybrid] == ["base"] * 3 + ["distilled"] * 5
     lower = flow_pair.compare_tables(engine, handoff=3.5 * 0.4)["hybrid"]
     assert lower[lower.handoffs[0]].sigma == pytest.approx(3.0 * 0.4)
-    found = compare(engine, "a fox", range(3), choose_judge([drawn]).judge, tables=tables)
-    assert [outcome.passes for outcome in found.outcomes] == [60, 8, 8, 5]
-    assert all(outcome.score > 0.4 for outcome in found.outcomes[:3] if outcome.score is not None)
-    assert sheet_of(found).width > 0
+    comparison = compare(engine, "a fox", range(3), choose_judge([inputs]).judge, tables=tables)
+    assert [outcome.passes for outcome in comparison.outcomes] == [60, 8, 8, 5]
+    assert all(
+        outcome.score > 0.4 for outcome in comparison.outcomes[:3] if outcome.score is not None
+    )
+    assert sheet_of(comparison).width > 0

@@ -23,12 +23,12 @@ def forks(parent: str) -> dict[str, str]:
 
 def test_a_child_of_a_warm_parent_is_told_to_spawn_wherever_it_would_compute() -> None:
     """Without the check each of these waits for threads that the fork did not copy."""
-    found = forks("warm")
+    replies = forks("warm")
     may = ("one thread", "a new thread", "a plan", "a pool without us", "a loader's worker",
            "this process")  # fmt: skip
-    assert {name: found.pop(name) for name in may} == dict.fromkeys(may, "done")
-    assert len(found) == 9
-    for name, message in found.items():
+    assert {name: replies.pop(name) for name in may} == dict.fromkeys(may, "done")
+    assert len(replies) == 9
+    for name, message in replies.items():
         assert message.startswith("InputError: this process was forked"), (name, message)
         assert 'get_context("spawn")' in message and "torch.set_num_threads(1)" in message
 

@@ -28,7 +28,7 @@ from headstart.convert.convert import convert
 from headstart.errors import CheckpointError
 from headstart.networks.load import load_unet, widened_bytes
 
-SAID = {"general.architecture": "sd1", "headstart.head_dim": "8", "headstart.norm_groups": "8"}
+METADATA = {"general.architecture": "sd1", "headstart.head_dim": "8", "headstart.norm_groups": "8"}
 
 
 def small() -> bytes:
@@ -40,7 +40,7 @@ def small() -> bytes:
         "half": plain(np.linspace(-1, 1, 6).astype("<f2").reshape(2, 3)),
         "none": plain(np.zeros((0, 3), "<f4")),
     }
-    return gguf(tensors, {**SAID, shape: [16, 32]})
+    return gguf(tensors, {**METADATA, shape: [16, 32]})
 
 
 # --------------------------------------------------------------------- numbers
@@ -55,17 +55,17 @@ def test_blocks_mean_what_ggml_defines(tmp_path: Path) -> None:
         "half": plain(np.random.default_rng(2).normal(size=(5, 3, 2)).astype("<f2")),
     }
     path.write_bytes(gguf(tensors, {}))
-    held = Checkpoint([path])
-    assert held.dtypes == {"eight": "Q8_0", "four": "Q4_K", "half": "F16"}
-    assert held.metadata == {} and held.container == "GGUF"
+    checkpoint = Checkpoint([path])
+    assert checkpoint.dtypes == {"eight": "Q8_0", "four": "Q4_K", "half": "F16"}
+    assert checkpoint.metadata == {} and checkpoint.container == "GGUF"
     for name, packed in tensors.items():
-        exact, found = meaning(packed), held.tensor(name).double().numpy()
-        assert found.shape == exact.shape
+        exact, values = meaning(packed), checkpoint.tensor(name).double().numpy()
+        assert values.shape == exact.shape
         rounding = 2.0**-24 * np.abs(exact) if name == "four" else 0 * exact
-        assert (np.abs(found - exact) <= rounding).all(), name
-        flat = found.reshape(-1)
+        assert (np.abs(values - exact) <= rounding).all(), name
+        flat = values.reshape(-1)
         for begin, end in ((0, 7), (31, 33), (5, len(flat))):  # beside the edges of blocks
-            assert np.array_equal(held.values(name, begin, end), flat[begin:end])
+            assert np.array_equal(checkpoint.values(name, begin, end), flat[begin:end])
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16", "F32"])
@@ -83,15 +83,17 @@ def test_what_the_package_writes_is_read_within_a_step_of_its_blocks(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    held = Checkpoint([path])
-    assert held.metadata["general.architecture"] == "sdxl" and held.dtypes == {"a.weight": kind}
+    checkpoint = Checkpoint([path])
+    assert checkpoint.metadata["general.architecture"] == "sdxl" and checkpoint.dtypes == {
+        "a.weight": kind
+    }
     high = np.abs(weight).reshape(-1, 32).max(1)
     low = weight.reshape(-1, 32).max(1) - weight.reshape(-1, 32).min(1)
     # A step of a block is its largest / 2^(bits - 1), or its spread / (2^bits - 1) where it has a
     # minimum of its own; Q4_0 and Q5_0 clip at the side where they have no code for the largest.
     steps = {"Q8_0": high / 127, "Q4_0": high / 8, "Q5_0": high / 16, "Q4_1": low / 15}
     steps |= {"Q5_1": low / 31, "BF16": high / 2**7, "F16": high / 2**10, "F32": high * 0}
-    error = np.abs(held.tensor("a.weight").float().numpy() - weight).reshape(-1, 32).max(1)
+    error = np.abs(checkpoint.tensor("a.weight").float().numpy() - weight).reshape(-1, 32).max(1)
     assert (error <= 1.01 * steps[kind]).all()
 
 
@@ -118,7 +120,7 @@ def unet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shape = (count // 256, 256)
         tensors[name] = random_blocks("Q8_0" if seed % 2 else "Q4_K", shape, seed)
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    path.write_bytes(gguf(tensors, {**SAID, **shapes}))
+    path.write_bytes(gguf(tensors, {**METADATA, **shapes}))
     return path
 
 
@@ -126,26 +128,26 @@ def test_a_unet_loads_converts_and_is_inspected(
     unet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", "--deep", str(unet_file)]) == 0
-    shown = capsys.readouterr().out
-    assert "blocks with scales of their own (GGUF, Q4_K, Q8_0)" in shown and "--base" in shown
+    output = capsys.readouterr().out
+    assert "blocks with scales of their own (GGUF, Q4_K, Q8_0)" in output and "--base" in output
     unet = load_unet(unet_file)
     assert unet.params == PARAMS
     out = tmp_path / "y.safetensors"
     assert main(["convert", str(unet_file), str(out)]) == 0
     assert "every number has its scale in it" in capsys.readouterr().out
     assert convert(unet_file, out, overwrite=True).read_as == "GGUF"
-    found, other = load_file(out), load_unet(out)
-    held = Checkpoint([unet_file])
-    assert found.keys() == set(held.names)
-    for name, tensor in found.items():
-        assert torch.equal(tensor, held.tensor(name)), name
+    tensors, other = load_file(out), load_unet(out)
+    checkpoint = Checkpoint([unet_file])
+    assert tensors.keys() == set(checkpoint.names)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, checkpoint.tensor(name)), name
     for name, tensor in unet.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
     convert(unet_file, out, layout="diffusers", dtype="f16", overwrite=True)
     narrow, again = load_unet(unet_file, dtype=torch.float16), load_unet(out, dtype=torch.float16)
     for name, tensor in narrow.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    matrices = [w for name, w in unet.named_parameters() if held_dtype(held, name) != "F32"]
+    matrices = [w for name, w in unet.named_parameters() if stored_dtype(checkpoint, name) != "F32"]
     assert widened_bytes(unet_file, "unet") == 4 * sum(w.numel() for w in matrices)
 
 
@@ -183,8 +185,8 @@ def test_an_engine_runs_on_it_with_what_another_file_has(
 UNET, Q8_0 = "model.diffusion_model.", GGMLQuantizationType.Q8_0
 
 
-def held_dtype(held: Checkpoint, ours: str) -> str:
-    return held.parts()["unet"].dtype(ours)
+def stored_dtype(checkpoint: Checkpoint, ours: str) -> str:
+    return checkpoint.parts()["unet"].dtype(ours)
 
 
 def test_without_the_package_all_but_the_blocks_is_read(
@@ -212,8 +214,8 @@ def test_fused_blocks_are_taken_apart(tmp_path: Path) -> None:
     path.write_bytes(gguf({"in": fused}, {}))
     whole = Checkpoint([path]).tensor("in")
     for op, third in zip("qkv", whole.chunk(3), strict=True):
-        (found,) = _numbers(Checkpoint([path]), keymap.Source("in", op))  # type: ignore[arg-type]
-        assert np.array_equal(found, third.flatten().numpy())
+        (values,) = _numbers(Checkpoint([path]), keymap.Source("in", op))  # type: ignore[arg-type]
+        assert np.array_equal(values, third.flatten().numpy())
     (turned,) = _numbers(Checkpoint([path]), keymap.Source("in", "transpose"))
     assert np.array_equal(turned, whole.T.flatten().numpy())
 
@@ -306,10 +308,10 @@ def test_a_file_cut_or_changed_anywhere_is_one_error_or_a_file(tmp_path: Path) -
             damaged[at] = random.integers(256)
         path.write_bytes(damaged)
         try:
-            held = Checkpoint([path])
-            for name in held.names:
-                if held.entry(name).dtype in FLOATS:
-                    held.values(name)
+            checkpoint = Checkpoint([path])
+            for name in checkpoint.names:
+                if checkpoint.entry(name).dtype in FLOATS:
+                    checkpoint.values(name)
         except CheckpointError as error:
             assert str(path) in str(error)
 
@@ -318,6 +320,6 @@ def test_another_alignment_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     tensors = {name: random_blocks("Q8_0", (1, 32), seed) for seed, name in enumerate("abc")}
     path.write_bytes(gguf(tensors, {}, align=64))
-    held = Checkpoint([path])
+    checkpoint = Checkpoint([path])
     for name, packed in tensors.items():
-        assert np.array_equal(held.numbers(name), meaning(packed))
+        assert np.array_equal(checkpoint.numbers(name), meaning(packed))

@@ -51,8 +51,8 @@ def write_run(folder: Path, side: int = 64, prompts: int = 2) -> Path:
 def test_squared_distances_are_those_of_the_rows_also_far_from_zero() -> None:
     features = np.random.default_rng(0).normal(size=(7, 5)) + 1e6
     expected = np.square(features[:, None] - features[None]).sum(-1)
-    found = distances(features, "squared")
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    result = distances(features, "squared")
+    np.testing.assert_allclose(result, expected, rtol=1e-9)
     off = expected.sum() / (7 * 6)
     assert diversity(features, "squared") == pytest.approx(off)
     measured = measure_diversity([features, features[:3]], "squared")
@@ -105,23 +105,23 @@ def test_evaluate_tells_diversity_in_every_space_that_is_named(
     for name in ("structure", str(alex), "colours", str(reward)):
         command += ["--features", name]
     assert main([*command, "--reference", folders[1], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    lpips_name = found["spaces"][1]
-    assert found["spaces"] == ["structure-16x16", lpips_name, "colours-8x8"]
+    report = json.loads(capsys.readouterr().out)
+    lpips_name = report["spaces"][1]
+    assert report["spaces"] == ["structure-16x16", lpips_name, "colours-8x8"]
     assert lpips_name.startswith("lpips-alex:")
-    assert found["scored_by"].startswith("imagereward:") and found["frechet_is"] == "Frechet"
-    row = found["rows"][0]
+    assert report["scored_by"].startswith("imagereward:") and report["frechet_is"] == "Frechet"
+    row = report["rows"][0]
     assert row["frechet"]["value"] > 0 and row["score"]["value"] != 0
-    own = row["spaces"][lpips_name]
-    assert own["distance"] == "squared" and own["mss"] is None
+    values = row["spaces"][lpips_name]
+    assert values["distance"] == "squared" and values["mss"] is None
     extractor = open_features(str(alex)).extractor
     gallery = read_gallery(Path(folders[0]))
     assert gallery.sizes == (3, 2)
     rgb = np.stack([np.asarray(Image.open(p.path)) for p in gallery.pictures])
     groups = [extractor.features(rgb[:3]), extractor.features(rgb[3:])]
     expected = np.mean([diversity(group, "squared") for group in groups])
-    assert own["diversity"]["value"] == pytest.approx(expected, abs=1e-6)
-    assert set(found["paired"][0]["spaces"]) == set(found["spaces"])
+    assert values["diversity"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert set(report["paired"][0]["spaces"]) == set(report["spaces"])
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "lpips: diversity of lpips-alex:" in printed and "score: by imagereward:" in printed

@@ -69,8 +69,8 @@ def test_no_text_breaks_a_reader_or_loses_a_letter(text: str, style: PromptStyle
     except InputError:
         return
     joined = "".join("BREAK" if span is BREAK else span.text or "" for span in spans)
-    kept = [letter for letter in text if letter in "xyzBREAK猫w\0"]
-    assert [letter for letter in joined if letter in "xyzBREAK猫w\0"] == kept
+    letters = [letter for letter in text if letter in "xyzBREAK猫w\0"]
+    assert [letter for letter in joined if letter in "xyzBREAK猫w\0"] == letters
 
 
 @patient

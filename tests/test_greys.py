@@ -56,8 +56,8 @@ def test_hues_of_one_luma_are_the_same_picture() -> None:
     coloured = picture().astype(int)
     coloured[:, 20:] += np.where(coloured[:, 20:] < 170, step, -step)
     coloured = coloured.clip(0, 255).astype(np.uint8)
-    seen = abs(coloured.astype(int) - picture()).max(axis=2)
-    assert (seen > 50).mean() > 0.5
+    difference = abs(coloured.astype(int) - picture()).max(axis=2)
+    assert (difference > 50).mean() > 0.5
     assert apart(picture(), coloured) == pytest.approx(0.0, abs=1e-12)
 
 

@@ -245,10 +245,10 @@ def _check_explanation(error: PlanError, legs: tuple[Leg, ...]) -> None:
         (" ".join(f"{t:g}" for t in g.timesteps), [f"{s:.4f}" for s in g.sigmas]) for g in grids
     ]
     assert [(t, s.split()) for t, s in lines] in [list(pair) for pair in pairwise(shown)]
-    found = re.search(r"^nearest valid plan: legs=(.*)$", text, flags=re.MULTILINE)
-    assert found
+    match = re.search(r"^nearest valid plan: legs=(.*)$", text, flags=re.MULTILINE)
+    assert match
     names = {"Leg": Leg, "Update": Update, "Spacing": Spacing, "Prediction": Prediction}
-    table = compiled(*eval(found[1], names))
+    table = compiled(*eval(match[1], names))
     assert table[-1].sigma_next == 0.0
 
 

@@ -28,7 +28,7 @@ def options_of(command: Command) -> Iterator[argparse.Action]:
     yield from parser_of(command)._actions
 
 
-def shown(option: str, capsys: pytest.CaptureFixture[str], *typed: str) -> str:
+def help_of(option: str, capsys: pytest.CaptureFixture[str], *typed: str) -> str:
     with pytest.raises(SystemExit) as end:
         main([*typed, option])
     assert end.value.code == 0
@@ -58,7 +58,7 @@ def test_a_default_that_is_no_absence_is_said(command: Command) -> None:
 
 
 def test_help_shows_the_basics_and_help_all_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    basics, whole = (shown(option, capsys, "sample") for option in ("--help", "--help-all"))
+    basics, whole = (help_of(option, capsys, "sample") for option in ("--help", "--help-all"))
     experts = [one for one in options_of(load("sample")) if isinstance(one.help, Expert)]
     assert len(experts) > 10
     for one in experts:
@@ -76,7 +76,7 @@ def test_help_fits_its_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     for name in NAMES:
-        text = shown("--help", capsys, name).partition("examples:")[0]
+        text = help_of("--help", capsys, name).partition("examples:")[0]
         assert max(map(len, text.splitlines())) <= int(columns), name
 
 
@@ -88,11 +88,11 @@ def test_a_list_of_negative_numbers_is_a_value_and_no_option() -> None:
 
 
 def test_bash_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
-    script = shown("bash", capsys, "--print-completion")
+    script = help_of("bash", capsys, "--print-completion")
     complete = "COMP_WORDS=(headstart {}); COMP_CWORD={}; _shtab_headstart; echo ${{COMPREPLY[@]}}"
-    for typed, place, expected in (("comp", 1, "compare"), ("sample --over", 2, "--overwrite")):
+    for typed, index, expected in (("comp", 1, "compare"), ("sample --over", 2, "--overwrite")):
         done = subprocess.run(
-            ["bash", "-c", script + "\n" + complete.format(typed, place)],
+            ["bash", "-c", script + "\n" + complete.format(typed, index)],
             capture_output=True,
             text=True,
             check=False,

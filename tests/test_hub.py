@@ -26,8 +26,8 @@ TURBO = "hf download stabilityai/sdxl-turbo"
     ],
 )
 def test_a_repository_is_answered_with_the_line_that_fetches_it(path: str, command: str) -> None:
-    for own in (path, Path(path)):
-        hint = download_of(own)
+    for form in (path, Path(path)):
+        hint = download_of(form)
         assert hint is not None and f"`{command}`" in hint
 
 

@@ -82,7 +82,7 @@ def is_harmless(read: Callable[[Path], object], path: Path, text: bytes) -> bool
     try:
         read(path)
     except HeadstartError as error:
-        assert any(str(own) in str(error) for own in (path, path.parent, path.parents[1]))
+        assert any(str(part) in str(error) for part in (path, path.parent, path.parents[1]))
         assert len(str(error)) < 1500 and str(error).count("\n") < 10
         return True
     return False
@@ -206,13 +206,13 @@ def test_a_ledger_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_strange_value_anywhere_in_sweep_json_is_refused_or_harmless(tmp_path: Path) -> None:
     run(tmp_path)
-    own = json.loads((tmp_path / "sweep.json").read_text())
-    texts = everywhere(own)
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    texts = everywhere(report)
     refused = [
         is_harmless(lambda path: run(path.parent), tmp_path / "sweep.json", t) for t in texts
     ]
     assert len(texts) // 2 < sum(refused) < len(texts)
-    texts = everywhere({**own, **SWEEP})
+    texts = everywhere({**report, **SWEEP})
     for text in texts:
         is_harmless(lambda path: read_gallery(path.parent), tmp_path / "sweep.json", text)
 

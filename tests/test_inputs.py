@@ -33,11 +33,13 @@ def normals(count: int, *cells: int) -> torch.Tensor:
 def test_conditioning_of_ones_own_stands_for_the_prompts(sdxl: hs.Engine) -> None:
     cond, uncond = sdxl.text.encode(["cat", "the"], ["a", None], size=16)
     prompts = sdxl.sample(["cat", "the"], plan=PLAN, negative=["a", None])
-    own = sdxl.sample(plan=PLAN, cond=cond, uncond=uncond)
-    assert torch.equal(own.latents, prompts.latents)
-    assert own.prompts == ("", "")
+    from_tensors = sdxl.sample(plan=PLAN, cond=cond, uncond=uncond)
+    assert torch.equal(from_tensors.latents, prompts.latents)
+    assert from_tensors.prompts == ("", "")
     bare = replace(cond, time_ids=None)  # told the size of the picture then
-    assert torch.equal(sdxl.sample(plan=PLAN, cond=bare, uncond=uncond).latents, own.latents)
+    assert torch.equal(
+        sdxl.sample(plan=PLAN, cond=bare, uncond=uncond).latents, from_tensors.latents
+    )
     named = sdxl.sample("my <lora:x>", plan=PLAN, cond=cond[:1], uncond=uncond[:1])
     assert named.prompts == ("my <lora:x>",)
 
@@ -45,9 +47,9 @@ def test_conditioning_of_ones_own_stands_for_the_prompts(sdxl: hs.Engine) -> Non
 def test_conditioning_of_ones_own_may_change_with_the_level(sdxl: hs.Engine) -> None:
     cat, the = (sdxl.text.encode([word], size=16) for word in ("cat", "the"))
     conditioning = hs.ByLevel(((math.inf, cat), ("handoff", the)))
-    own = sdxl.sample(plan=PLAN, cond=conditioning, negative="a", seeds=[1, 2]).latents
+    from_tensors = sdxl.sample(plan=PLAN, cond=conditioning, negative="a", seeds=[1, 2]).latents
     typed = sdxl.sample("cat -> the at the hand-off", plan=PLAN, negative="a", seeds=[1, 2])
-    assert (own - typed.latents).norm() < 1e-4 * own.norm()
+    assert (from_tensors - typed.latents).norm() < 1e-4 * from_tensors.norm()
 
 
 def test_conditioning_of_ones_own_may_be_longer_than_the_engines_other_half(
@@ -57,8 +59,8 @@ def test_conditioning_of_ones_own_may_be_longer_than_the_engines_other_half(
     for text, other in ((long, None), (long, longer), ("cat", longer)):
         typed = sdxl.sample(text, plan=PLAN, negative=other).latents
         cond = sdxl.text.encode([text], size=16)
-        own = sdxl.sample(plan=PLAN, cond=cond, negative=other).latents
-        assert (own - typed).norm() < 1e-4 * typed.norm()
+        from_tensors = sdxl.sample(plan=PLAN, cond=cond, negative=other).latents
+        assert (from_tensors - typed).norm() < 1e-4 * typed.norm()
     odd = hs.Conditioning(torch.zeros(1, 16 * 500 + 1, 72), torch.zeros(1, 24))
     with pytest.raises(hs.InputError, match=r"16, 8001 tokens long.* divide each other"):
         sdxl.iterate(plan=PLAN, cond=odd)
@@ -66,20 +68,22 @@ def test_conditioning_of_ones_own_may_be_longer_than_the_engines_other_half(
 
 def test_how_an_engine_reads_prompts_is_no_matter_where_none_is_read(sdxl: hs.Engine) -> None:
     cond, uncond = sdxl.text.encode(["cat"], "a", size=16)
-    own = sdxl.with_reading("a1111", 1).sample(plan=PLAN, cond=cond, uncond=uncond)
-    assert not own.reading
-    assert torch.equal(own.latents, sdxl.sample(plan=PLAN, cond=cond, uncond=uncond).latents)
+    from_tensors = sdxl.with_reading("a1111", 1).sample(plan=PLAN, cond=cond, uncond=uncond)
+    assert not from_tensors.reading
+    assert torch.equal(
+        from_tensors.latents, sdxl.sample(plan=PLAN, cond=cond, uncond=uncond).latents
+    )
 
 
 def test_a_start_of_ones_own_is_the_seeds_where_it_holds_their_numbers(sd15: hs.Engine) -> None:
     """And its size is the picture's."""
     plan = replace(PLAN, legs=(PLAN.legs[0], replace(PLAN.legs[1], update=hs.Update.RENOISE)))
-    drawn = hs.Philox([5, 6]).initial((4, 8, 12), torch.device("cpu"))
+    noise = hs.Philox([5, 6]).initial((4, 8, 12), torch.device("cpu"))
     seeds = sd15.sample("cat", plan=plan, seeds=[5, 6], size=(16, 24))
-    own = sd15.sample("cat", plan=plan, seeds=[5, 6], noise=drawn)
-    assert own.size == (16, 24)
-    assert torch.equal(own.latents, seeds.latents)
-    assert torch.equal(sd15.begin("cat", plan=plan, noise=drawn).state.x[0], seeds_start(drawn))
+    from_noise = sd15.sample("cat", plan=plan, seeds=[5, 6], noise=noise)
+    assert from_noise.size == (16, 24)
+    assert torch.equal(from_noise.latents, seeds.latents)
+    assert torch.equal(sd15.begin("cat", plan=plan, noise=noise).state.x[0], seeds_start(noise))
 
 
 def seeds_start(drawn: torch.Tensor) -> torch.Tensor:
@@ -124,8 +128,8 @@ def test_a_branch_of_a_run_of_tensors_says_how_to_go_on(sdxl: hs.Engine) -> None
 
 
 def cond_of(width: int = 72, pooled: int | None = 24, **more: Any) -> hs.Conditioning:
-    own = None if pooled is None else torch.zeros(1, pooled)
-    return hs.Conditioning(torch.zeros(1, 16, width), own, **more)
+    pooled_zeros = None if pooled is None else torch.zeros(1, pooled)
+    return hs.Conditioning(torch.zeros(1, 16, width), pooled_zeros, **more)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

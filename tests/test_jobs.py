@@ -161,8 +161,8 @@ def test_what_is_written_as_csv_is_read_back(tmp_path_factory, found, size: int)
 def test_batches_are_of_one_shape_and_keep_the_order() -> None:
     shapes = [None, (64, 96), None, (64, 96), None, (96, 64)]
     cases = [Case(n, "a fox", n, shape) for n, shape in enumerate(shapes)]
-    found = [[case.number for case in part] for part in batches(cases, 2)]
-    assert found == [[0, 2], [4], [1, 3], [5]]
+    numbers = [[case.number for case in part] for part in batches(cases, 2)]
+    assert numbers == [[0, 2], [4], [1, 3], [5]]
     with pytest.raises(InputError, match="at least 1"):
         batches(cases, 0)
 
@@ -170,9 +170,9 @@ def test_batches_are_of_one_shape_and_keep_the_order() -> None:
 def test_batches_of_whole_prompts_hold_all_cases_of_each_in_the_order_of_the_first() -> None:
     prompts = ["a", "b", "a", "c", "b", "c", "a", "d", "d"]
     cases = [Case(n, prompt, n) for n, prompt in enumerate(prompts)]
-    found = [[case.number for case in part] for part in batches(cases, 5, 2)]
-    assert found == [[0, 2, 6, 1, 4], [3, 5, 7, 8]]
-    assert sorted(number for part in found for number in part) == list(range(9))
+    numbers = [[case.number for case in part] for part in batches(cases, 5, 2)]
+    assert numbers == [[0, 2, 6, 1, 4], [3, 5, 7, 8]]
+    assert sorted(number for part in numbers for number in part) == list(range(9))
     sized = [case._replace(size=(64, 64) if case.prompt in "ad" else None) for case in cases]
     assert [[c.number for c in part] for part in batches(sized, 5, 2)] == [
         [0, 2, 6, 7, 8], [1, 4, 3, 5],

@@ -103,10 +103,10 @@ def test_noise_at_512_px_gets_no_score(tmp_path: Path, capsys: pytest.CaptureFix
     assert "note: the bundled scorer knows the bundled pair's 64x64 px pictures only, and " in err
     assert "features: structure-16x16 · colours: diversity of colours-8x8 features" in out
     assert main(["evaluate", folder, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["features"] == "structure-16x16"
-    assert found["spaces"] == ["structure-16x16", "colours-8x8"]
-    (row,) = found["rows"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["features"] == "structure-16x16"
+    assert report["spaces"] == ["structure-16x16", "colours-8x8"]
+    (row,) = report["rows"]
     assert row["score"] is None
     assert row["diversity"] == row["spaces"]["structure-16x16"]["diversity"]
     assert row["spaces"]["colours-8x8"]["diversity"]["value"] != row["diversity"]["value"]
@@ -138,10 +138,10 @@ def test_compare_tells_other_families_apart_by_structure_and_colours(
     assert main([*command, "--json"]) == 0
     records, err = capsys.readouterr()
     assert "those of these weights are of family sd15" in err
-    found = json.loads(records)
-    assert found["spaces"] == ["structure-16x16", "colours-8x8"]
-    assert found["extractor"] == "structure-16x16"
-    for plan in found["plans"]:
+    report = json.loads(records)
+    assert report["spaces"] == ["structure-16x16", "colours-8x8"]
+    assert report["extractor"] == "structure-16x16"
+    for plan in report["plans"]:
         assert plan["score"] is None and plan["diversity"] > 0
         assert plan["spaces"]["colours-8x8"]["diversity"] is not None
 
@@ -149,9 +149,9 @@ def test_compare_tells_other_families_apart_by_structure_and_colours(
 def test_a_reference_of_other_pictures_is_no_reference_for_the_scorer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = str(write_run(tmp_path / "own", lineage="demo"))
+    folder = str(write_run(tmp_path / "own", lineage="demo"))
     large = str(write_run(tmp_path / "large", 96))
-    command = ["evaluate", own, "--reference"]
+    command = ["evaluate", folder, "--reference"]
     assert main([*command, large, "--features", "scorer"]) == 2
     assert f"those of {large} are 96x96 px" in capsys.readouterr().err
     assert main([*command, large, "--json"]) == 0
@@ -171,7 +171,7 @@ def test_two_folders_are_paired_in_both_spaces(
     assert "note" not in err
     assert out.count("\n  diversity ") == out.count("\n  structure ") == 1
     assert main(["evaluate", a, b, "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["paired"]
-    assert list(found["spaces"]) == [SCORER, "structure-16x16"]
-    assert found["spaces"][SCORER]["diversity"] == found["diversity"]
-    assert found["spaces"]["structure-16x16"]["diversity"]["difference"] == 0.0
+    (paired,) = json.loads(capsys.readouterr().out)["paired"]
+    assert list(paired["spaces"]) == [SCORER, "structure-16x16"]
+    assert paired["spaces"][SCORER]["diversity"] == paired["diversity"]
+    assert paired["spaces"]["structure-16x16"]["diversity"]["difference"] == 0.0

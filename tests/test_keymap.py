@@ -31,8 +31,8 @@ def test_unet_names_map_both_ways_as_the_original_code_has_them(shared: Path, ar
     assert keymap.unet_from_ldm(bare.values()) == {ldm: ours for ours, ldm in bare.items()}
     parts = contents.split(table.values())
     assert set(parts) == {"unet"}
-    found = contents.sources("unet", parts["unet"])
-    assert found == {ours: Source(ldm) for ours, ldm in table.items()}
+    sources = contents.sources("unet", parts["unet"])
+    assert sources == {ours: Source(ldm) for ours, ldm in table.items()}
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl"])
@@ -47,15 +47,19 @@ def test_module_names_map_like_tensor_names(shared: Path, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sd15", "sd21", "sdxl"])
 def test_vae_names_of_three_namings_come_out_the_same(shared: Path, arch: str) -> None:
-    known = manifest(shared, f"vae_{arch}")
-    parts = contents.split(known["ldm"])
+    layouts = manifest(shared, f"vae_{arch}")
+    parts = contents.split(layouts["ldm"])
     assert set(parts) == {"vae"}
-    found = contents.sources("vae", parts["vae"])
-    assert {ours: source.name for ours, source in found.items()} == known["map_diffusers_to_ldm"]
-    assert {ours for ours, source in found.items() if source.op == "matrix"} == set(known["ops"])
+    sources = contents.sources("vae", parts["vae"])
+    assert {ours: source.name for ours, source in sources.items()} == layouts[
+        "map_diffusers_to_ldm"
+    ]
+    assert {ours for ours, source in sources.items() if source.op == "matrix"} == set(
+        layouts["ops"]
+    )
     for naming in ("diffusers", "diffusers_old_attn_names"):
-        names = {name: name for name in known[naming]}
-        assert contents.sources("vae", names).keys() == known["diffusers"].keys()
+        names = {name: name for name in layouts[naming]}
+        assert contents.sources("vae", names).keys() == layouts["diffusers"].keys()
 
 
 @pytest.mark.parametrize(
@@ -68,25 +72,25 @@ def test_vae_names_of_three_namings_come_out_the_same(shared: Path, arch: str) -
     ],
 )
 def test_text_names_map_with_the_right_operation(shared: Path, name: str, part: str) -> None:
-    known = manifest(shared, name)
-    parts = contents.split(known["ldm"])
+    layouts = manifest(shared, name)
+    parts = contents.split(layouts["ldm"])
     assert set(parts) == {part}
-    found = contents.sources(part, parts[part])
-    for ours, rule in known["map_diffusers_to_ldm"].items():
+    sources = contents.sources(part, parts[part])
+    for ours, rule in layouts["map_diffusers_to_ldm"].items():
         stored, op = (rule, "") if isinstance(rule, str) else rule
-        assert found[ours] == Source(stored, OPS[op])  # type: ignore[arg-type]
-    extra = found.keys() - known["map_diffusers_to_ldm"].keys()
+        assert sources[ours] == Source(stored, OPS[op])  # type: ignore[arg-type]
+    extra = sources.keys() - layouts["map_diffusers_to_ldm"].keys()
     # SD2.1's file has a 24th layer and a projection that the model never runs
     assert all(".layers.23." in n or n == "text_projection.weight" for n in extra)
 
 
 def test_tiny_autoencoder_names_count_from_the_decoders_clamp(shared: Path) -> None:
-    known = manifest(shared, "taesd")
+    layouts = manifest(shared, "taesd")
     for half in ("encoder", "decoder"):
-        parts = contents.split(known[f"pth_{half}"])
-        found = contents.sources("tiny", parts["tiny"])
-        table = {ours: f"{half}.{source.name}" for ours, source in found.items()}
-        want = known["map_diffusers_to_pth"]
+        parts = contents.split(layouts[f"pth_{half}"])
+        sources = contents.sources("tiny", parts["tiny"])
+        table = {ours: f"{half}.{source.name}" for ours, source in sources.items()}
+        want = layouts["map_diffusers_to_pth"]
         assert table == {o: s for o, s in want.items() if o.startswith(half)}
 
 

@@ -27,56 +27,56 @@ def both(name: str, *weight: int) -> Shapes:
 def controlnet() -> Shapes:
     """Of diffusers, SD 1, one block a level."""
     blocks = [f"down_blocks.{i}.resnets.0" for i in range(4)]
-    found: Shapes = {f"{block}.conv1.weight": (32, 32, 3, 3) for block in blocks}
-    found |= both("conv_in", 32, 4, 3, 3) | both("time_embedding.linear_1", 128, 32)
-    found |= both("controlnet_cond_embedding.conv_in", 16, 3, 3, 3)
-    found |= both("mid_block.resnets.0.conv1", 32, 32, 3, 3)
-    return found | both("controlnet_mid_block", 32, 32, 1, 1)
+    shapes: Shapes = {f"{block}.conv1.weight": (32, 32, 3, 3) for block in blocks}
+    shapes |= both("conv_in", 32, 4, 3, 3) | both("time_embedding.linear_1", 128, 32)
+    shapes |= both("controlnet_cond_embedding.conv_in", 16, 3, 3, 3)
+    shapes |= both("mid_block.resnets.0.conv1", 32, 32, 3, 3)
+    return shapes | both("controlnet_mid_block", 32, 32, 1, 1)
 
 
 def ip_adapter() -> Shapes:
-    found: Shapes = {
+    shapes: Shapes = {
         f"ip_adapter.{i}.to_{side}_ip.weight": (320, 768) for i in (1, 3, 5) for side in ("k", "v")
     }
-    return found | both("image_proj.proj", 3072, 1024) | both("image_proj.norm", 768)
+    return shapes | both("image_proj.proj", 3072, 1024) | both("image_proj.norm", 768)
 
 
 def vae_approx() -> Shapes:
     """AUTOMATIC1111, modules/sd_vae_approx.py."""
     sizes = (4, 8, 16, 32, 64, 32, 16, 8, 3)
     kernels = (7, 5, 3, 3, 3, 3, 3, 3)
-    found: Shapes = {}
+    shapes: Shapes = {}
     for i, kernel in enumerate(kernels):
-        found |= both(f"conv{i + 1}", sizes[i + 1], sizes[i], kernel, kernel)
-    return found
+        shapes |= both(f"conv{i + 1}", sizes[i + 1], sizes[i], kernel, kernel)
+    return shapes
 
 
 def block(i: int, width: int = 64) -> Shapes:
-    found: Shapes = {}
+    shapes: Shapes = {}
     for at in (0, 2, 4):
-        found |= both(f"{i}.conv.{at}", width, width, 3, 3)
-    return found
+        shapes |= both(f"{i}.conv.{at}", width, width, 3, 3)
+    return shapes
 
 
 def taef2() -> Shapes:
     """A decoder: TAESD with 32 channels, and a pool in three blocks."""
-    found: Shapes = {**both("1", 64, 32, 3, 3), **both("19", 3, 64, 3, 3)}
+    shapes: Shapes = {**both("1", 64, 32, 3, 3), **both("19", 3, 64, 3, 3)}
     for i in (3, 4, 5):
-        found |= block(i) | both(f"{i}.pool.1", 64)
-        found |= {f"{i}.pool.0.weight": (64, 64, 1, 1), f"{i}.pool.3.weight": (64, 64, 1, 1)}
-    return found
+        shapes |= block(i) | both(f"{i}.pool.1", 64)
+        shapes |= {f"{i}.pool.0.weight": (64, 64, 1, 1), f"{i}.pool.3.weight": (64, 64, 1, 1)}
+    return shapes
 
 
 def taesana() -> Shapes:
     """An encoder: its first convolutions are half as wide as its blocks."""
-    found: Shapes = {
+    shapes: Shapes = {
         **both("0", 32, 3, 3, 3),
         **both("2", 64, 32, 3, 3),
         **both("17", 32, 64, 3, 3),
     }
     for i in (4, 5, 6, 8, 9, 10):
-        found |= block(i)
-    return found
+        shapes |= block(i)
+    return shapes
 
 
 CLIP = "conditioner.embedders.1.model."
@@ -106,12 +106,12 @@ def written(path: Path, shapes: Shapes) -> Path:
 
 
 def refusals(path: Path, *loaders: Callable[[Path], object]) -> set[str]:
-    found: set[str] = set()
+    kinds: set[str] = set()
     for load in loaders:
         with pytest.raises(HeadstartError) as caught:
             load(path)
-        found.add(str(caught.value))
-    return found
+        kinds.add(str(caught.value))
+    return kinds
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -170,8 +170,8 @@ def test_inspect_tells_the_tokens_of_a_textual_inversion(
     printed = capsys.readouterr().out
     assert f"tokens      {tokens}\n" in printed and f"family      {family}\n" in printed
     assert f"--embedding '{path}'" in printed
-    (own,) = read_embeddings(path)
-    assert f"{own.token} ({own.count} vector" in tokens
+    (token,) = read_embeddings(path)
+    assert f"{token.token} ({token.count} vector" in tokens
 
 
 def test_inspect_tells_the_tokens_beside_the_layers_of_a_lora(

@@ -33,11 +33,11 @@ def test_cases_run_in_turns_after_their_warm_up(
     monkeypatch.setattr(hs.Engine, "sample", spy)
     tables = [engine.compile(name) for name in ("distilled", "hybrid")]
     a, b = (Case(table.name, engine, table) for table in tables)
-    found = latency([a, b], "a fox", [3, 4], rounds=2, warmup=2)
+    latencies = latency([a, b], "a fox", [3, 4], rounds=2, warmup=2)
     order = [a, b, a, b, a, b, a, b]
     assert ran == [f"{case.plan} eager" for case in order]
-    assert [cost.plan for cost in found.cases] == [a.plan, b.plan]
-    assert [cost.images for cost in found.cases] == [2, 2]
+    assert [cost.plan for cost in latencies.cases] == [a.plan, b.plan]
+    assert [cost.images for cost in latencies.cases] == [2, 2]
 
 
 def test_stages_add_up_and_p99_is_no_less_than_p50(engine: hs.Engine) -> None:
@@ -53,8 +53,8 @@ def test_stages_add_up_and_p99_is_no_less_than_p50(engine: hs.Engine) -> None:
 
 def test_weights_are_counted_once_however_many_names_they_have(engine: hs.Engine) -> None:
     network: Any = engine.denoisers["base"]
-    own = sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
-    assert own < weights_bytes(engine) < 4 * own
+    size = sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
+    assert size < weights_bytes(engine) < 4 * size
     assert weights_bytes(engine) == weights_bytes(engine.with_runner("replay"))
 
 
@@ -84,13 +84,13 @@ def test_bench_prints_a_table_and_writes_the_json(
     words = ["bench", "--plan", "distilled,hybrid", "--versus", "replay", "--rounds", "2"]
     assert main([*words, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    found = json.loads(out.read_text())
-    assert [(case["plan"], case["runner"]) for case in found["cases"]] == [
+    report = json.loads(out.read_text())
+    assert [(case["plan"], case["runner"]) for case in report["cases"]] == [
         *(("distilled", "eager"), ("distilled", "replay")),
         *(("hybrid", "eager"), ("hybrid", "replay")),
     ]
     assert [len(line.split()) > 5 for line in printed.splitlines()[:5]] == [True] * 5
-    for case in found["cases"]:
+    for case in report["cases"]:
         assert set(case["latency_ms"]) == set(STAGES)
         assert case["first_ms"] > 0
     assert main([*words, "--rounds", "1", "--json"]) == 0

@@ -97,18 +97,18 @@ def test_a_latent_in_other_axes_draws_the_same_numbers(
     at = data.draw(st.integers(0, len(shape) - 1))
     joined = (*shape[:at], torch.Size(shape[at : at + 2]).numel(), *shape[at + 2 :])
 
-    def drawn(form: tuple[int, ...]) -> Tensor:
+    def latents_of(form: tuple[int, ...]) -> Tensor:
         return noise.initial(form, CPU) if row == INITIAL else noise.step(row, form, CPU)
 
-    assert drawn(shape).shape == (2, *shape)
-    assert torch.equal(drawn(shape).reshape(2, *joined), drawn(joined))
+    assert latents_of(shape).shape == (2, *shape)
+    assert torch.equal(latents_of(shape).reshape(2, *joined), latents_of(joined))
 
 
 def test_the_noise_of_an_image_is_what_it_always_was() -> None:
     """The first version's numbers: a latent of three axes may not draw others."""
-    drawn = hs.Philox([7]).initial((2, 1, 2), CPU).flatten()
-    wanted = [0.0002915674413088709, -0.30484697222709656, 1.7887572050094604, 1.0678725242614746]
-    assert drawn.tolist() == wanted
+    noise = hs.Philox([7]).initial((2, 1, 2), CPU).flatten()
+    expected = [0.0002915674413088709, -0.30484697222709656, 1.7887572050094604, 1.0678725242614746]
+    assert noise.tolist() == expected
 
 
 @pytest.mark.parametrize("shape", [VIDEO, PACKED, (5,)], ids=str)
@@ -116,9 +116,9 @@ def test_given_noise_may_be_of_any_shape(shape: tuple[int, ...]) -> None:
     """In float64 too, and it tells the latent's size."""
     table, noise = flow_table(), hs.Philox(SEEDS)
     rows = [noise.step(row, shape, CPU).double() for row in range(3)]
-    drawn = hs.Given(noise.initial(shape, CPU).double(), [*rows, None])
-    assert drawn.shape == shape and len(drawn) == 2
-    assert same(run(table, None, noise=drawn), run(table, shape))
+    noise_source = hs.Given(noise.initial(shape, CPU).double(), [*rows, None])
+    assert noise_source.shape == shape and len(noise_source) == 2
+    assert same(run(table, None, noise=noise_source), run(table, shape))
 
 
 @pytest.mark.parametrize("shape", [VIDEO, PACKED], ids=str)
@@ -130,15 +130,15 @@ def test_runners_take_any_shape(shape: tuple[int, ...], name: Any) -> None:
 
 def test_a_video_may_be_fed_channels_last() -> None:
     """As convolutions over time want it."""
-    seen: list[bool] = []
+    flags: list[bool] = []
 
     def watched(x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
-        seen.append(x_in.is_contiguous(memory_format=torch.channels_last_3d))
+        flags.append(x_in.is_contiguous(memory_format=torch.channels_last_3d))
         return network(x_in, timestep, cond)
 
     runner = EagerRunner(watched, memory_format=torch.channels_last_3d)
     assert same(run(flow_table(), VIDEO, network=runner), run(flow_table(), VIDEO))
-    assert seen == [True] * 4
+    assert flags == [True] * 4
 
 
 def test_a_sample_of_a_video_with_nan_is_named() -> None:

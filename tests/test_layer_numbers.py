@@ -28,20 +28,20 @@ ORDERS = {
 
 def numbered(order: str, context: int) -> dict[str, tuple[int, int]]:
     """Layer -> shape, in the order of the numbers: down, up, mid."""
-    found: dict[str, tuple[int, int]] = {}
+    numbers: dict[str, tuple[int, int]] = {}
 
     def block(stem: str, width: int) -> None:
         for leaf in ORDERS[order]:
             into = context if leaf in ("attn2.to_k", "attn2.to_v") else width
             out = 8 * width if leaf.startswith("ff") else width
-            found[f"{stem}.transformer_blocks.0.{leaf}"] = (out, into)
+            numbers[f"{stem}.transformer_blocks.0.{leaf}"] = (out, into)
 
     for side, levels in WIDTHS.items():
         for level, (width, count) in levels.items():
             for i in range(count):
                 block(f"{side}.{level}.attentions.{i}", width)
     block("mid_block.attentions.0", 32)
-    return found
+    return numbers
 
 
 def network(context: int = 768) -> Layers:
@@ -51,11 +51,11 @@ def network(context: int = 768) -> Layers:
 
 
 def tensors_of(shapes: Mapping[int, tuple[int, int]], network: str = "unet") -> Tensors:
-    found: Tensors = {}
+    tensors: Tensors = {}
     for number, (out, into) in shapes.items():
-        found[f"{network}:{number}:up"] = torch.ones(out, 1)
-        found[f"{network}:{number}:down"] = torch.ones(1, into)
-    return found
+        tensors[f"{network}:{number}:up"] = torch.ones(out, 1)
+        tensors[f"{network}:{number}:down"] = torch.ones(1, into)
+    return tensors
 
 
 def file_of(path: Path, shapes: Mapping[int, tuple[int, int]]) -> AdapterFile:
@@ -69,8 +69,8 @@ def test_the_order_that_all_shapes_fit_is_taken(tmp_path: Path, order: str) -> N
     file = file_of(tmp_path, dict(enumerate(layers.values())))
     match = file.match(network())
     assert not match.unmatched and not match.mismatched
-    found = {layer: group.name for (_, layer), group in match.owners.items()}
-    assert found == {layer: f"unet:{number}" for number, layer in enumerate(layers)}
+    names = {layer: group.name for (_, layer), group in match.owners.items()}
+    assert names == {layer: f"unet:{number}" for number, layer in enumerate(layers)}
     assert file.family == "sd15"
 
 
@@ -81,11 +81,11 @@ def test_numbers_that_fit_no_order_go_nowhere_and_may_be_let_be(tmp_path: Path) 
     key = "text_model.encoder.layers.0.self_attn.k_proj"
     tensors = tensors_of({0: (4, 4)}, "text_encoder") | tensors_of(shapes)
     file = read_adapter(write(tmp_path / "lora.safetensors", tensors))
-    found = file.resolve({**network(), "text": {key: (4, 4)}})
-    assert [*found.deltas] == [("text", key)]
+    resolution = file.resolve({**network(), "text": {key: (4, 4)}})
+    assert [*resolution.deltas] == [("text", key)]
     with pytest.raises(AdapterError, match=r"288 of layers by number, which fit no order"):
-        found.require()
-    assert found.require(["unet:*"]) is found
+        resolution.require()
+    assert resolution.require(["unet:*"]) is resolution
 
 
 def test_a_numbered_file_of_another_family_is_told_by_its_cross_attention(tmp_path: Path) -> None:

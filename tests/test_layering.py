@@ -28,8 +28,8 @@ def read_order() -> list[str]:
     order: list[str] = []
     for first, *others in map(str.split, block.splitlines()):
         room = first.rstrip("/")
-        own = [] if room in order or first == "headstart_kernels/" else [room]
-        order += [*own, *(f"{room}.{name}" if first != room else name for name in others)]
+        room_name = [] if room in order or first == "headstart_kernels/" else [room]
+        order += [*room_name, *(f"{room}.{name}" if first != room else name for name in others)]
     return order
 
 
@@ -79,7 +79,7 @@ MAY_PRINT |= {"convert.unpickle"}  # a process of its own, which answers on its 
 FILE_LINES, FUNCTION_LINES = 400, 80
 
 
-def place(module: str) -> str | None:
+def room_of(module: str) -> str | None:
     """The name a module has in the order, or None for a module outside this repository."""
     top, _, rest = module.partition(".")
     if top == "headstart":
@@ -93,7 +93,7 @@ def place(module: str) -> str | None:
 
 def among(module: str, names: set[str]) -> bool:
     """Whether `names` has this module or its room."""
-    here = str(place(module))
+    here = str(room_of(module))
     return bool(names & {here, here if here in BUNDLED else here.partition(".")[0]})
 
 
@@ -104,11 +104,11 @@ def upward(sources: Mapping[str, str]) -> list[str]:
     """
     found: list[str] = []
     for module, source in sources.items():
-        here = place(module)
+        here = room_of(module)
         assert here in POSITION, f"{module} has no place: give it one in CONTRIBUTING.md"
         for item in imports(source):
             for target in item.targets(sources):
-                there = place(target)
+                there = room_of(target)
                 if there is None or there == here or (here == "headstart" and not item.eager):
                     continue
                 assert there in POSITION, f"{module}:{item.line}: {target} has no place"
@@ -119,33 +119,33 @@ def upward(sources: Mapping[str, str]) -> list[str]:
 
 def loads(module: str, sources: Mapping[str, str]) -> dict[str, str]:
     """Everything that importing `module` loads -> our module whose import line does it."""
-    seen: set[str] = set()
+    names: set[str] = set()
     todo = [module]
-    found: dict[str, str] = {}
+    rooms: dict[str, str] = {}
     while todo:
         current = todo.pop()
-        if current in seen or current not in sources:
+        if current in names or current not in sources:
             continue
-        seen.add(current)
+        names.add(current)
         todo += [current.rpartition(".")[0]]
         for item in imports(sources[current]):
             if item.eager:
                 target = item.target(sources)
-                found.setdefault(target.partition(".")[0], current)
-                found.setdefault(target, current)
+                rooms.setdefault(target.partition(".")[0], current)
+                rooms.setdefault(target, current)
                 todo.append(target)
-    return found
+    return rooms
 
 
 def heavy(sources: Mapping[str, str]) -> list[str]:
-    found: list[str] = []
+    problems: list[str] = []
     for module in sources:
-        if among(module, TORCH_FREE) and place(module) not in TORCH_BEARING:
+        if among(module, TORCH_FREE) and room_of(module) not in TORCH_BEARING:
             loaded = loads(module, sources)
             for name in sorted(HEAVY | {"safetensors.torch"}):
                 if name in loaded:
-                    found.append(f"importing {module} loads {name}: see {loaded[name]}")
-    return found
+                    problems.append(f"importing {module} loads {name}: see {loaded[name]}")
+    return problems
 
 
 def relative(sources: Mapping[str, str]) -> list[str]:
@@ -158,7 +158,7 @@ def relative(sources: Mapping[str, str]) -> list[str]:
 
 
 def forbidden_names(sources: Mapping[str, str]) -> list[str]:
-    found = [
+    problems = [
         module
         for module in sources
         if FORBIDDEN_WORDS & {word for part in module.split(".") for word in part.split("_")}
@@ -168,8 +168,8 @@ def forbidden_names(sources: Mapping[str, str]) -> list[str]:
             if isinstance(node, ast.ClassDef) and node.name.lower().endswith(
                 tuple(FORBIDDEN_WORDS)
             ):
-                found.append(f"{module}.{node.name}")
-    return found
+                problems.append(f"{module}.{node.name}")
+    return problems
 
 
 def prints(sources: Mapping[str, str]) -> list[str]:
@@ -183,7 +183,7 @@ def prints(sources: Mapping[str, str]) -> list[str]:
 
 
 def oversized(sources: Mapping[str, str]) -> list[str]:
-    found = [
+    problems = [
         f"{module}: {len(source.splitlines())} lines, {FILE_LINES} allowed"
         for module, source in sources.items()
         if len(source.splitlines()) > FILE_LINES
@@ -193,23 +193,25 @@ def oversized(sources: Mapping[str, str]) -> list[str]:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > FUNCTION_LINES:
-                    found.append(f"{module}.{node.name}: {length} lines, {FUNCTION_LINES} allowed")
-    return found
+                    problems.append(
+                        f"{module}.{node.name}: {length} lines, {FUNCTION_LINES} allowed"
+                    )
+    return problems
 
 
 def undeclared(sources: Mapping[str, str], declared: Mapping[str, set[str]]) -> list[str]:
     """Third-party imports that the project file does not list for that place."""
-    found: list[str] = []
+    problems: list[str] = []
     for module, source in sources.items():
-        here = str(place(module))
+        here = str(room_of(module))
         extra = EXTRA_OF.get(here) or EXTRA_OF.get(here.partition(".")[0], "")
         allowed = declared[""] | declared[extra] | sys.stdlib_module_names
         for item in imports(source):
             top = item.module.partition(".")[0]
             names = {top, DISTRIBUTION.get(top, top.replace("_", "-"))}
-            if place(top) is None and not item.relative and not names & allowed:
-                found.append(f"{module}:{item.line} imports {top}")
-    return found
+            if room_of(top) is None and not item.relative and not names & allowed:
+                problems.append(f"{module}:{item.line} imports {top}")
+    return problems
 
 
 def declared_names() -> dict[str, set[str]]:
@@ -255,13 +257,13 @@ def furnished(sources: Mapping[str, str]) -> list[str]:
     return [
         module
         for module, source in sources.items()
-        if place(module) in ROOMS
+        if room_of(module) in ROOMS
         and not (ast.get_docstring(tree := ast.parse(source)) and len(tree.body) == 1)
     ]
 
 
 def test_the_order_names_every_module_once() -> None:
-    assert sorted(read_order()) == sorted({str(place(module)) for module in read_sources()})
+    assert sorted(read_order()) == sorted({str(room_of(module)) for module in read_sources()})
 
 
 def test_a_room_says_what_it_is_for_and_imports_nothing() -> None:

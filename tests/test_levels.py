@@ -71,8 +71,8 @@ def test_a_flow_from_the_pairs_top_differs_in_its_first_row_alone(lab: levels.La
             lab.table(every[f"{process} base k=1 to {row}"]) for process in ("flow", "flow-top")
         )
         assert top.steps[1:] == flow.steps[1:] and top[0].sigma_next == flow[0].sigma_next
-        own = lab.table(every["vp base k=1 to 749"])[0].sigma
-        assert top[0].sigma == pytest.approx(own, rel=1e-6)  # the file is float32
+        sigma = lab.table(every["vp base k=1 to 749"])[0].sigma
+        assert top[0].sigma == pytest.approx(sigma, rel=1e-6)  # the file is float32
         assert top.start == "unit"
 
 
@@ -87,10 +87,13 @@ def test_steps_are_even_in_timestep_or_in_the_unshifted_time(lab: levels.Lab) ->
 
 def test_levels_are_those_that_sdxl_has_at_the_timestep(lab: levels.Lab) -> None:
     """The file holds alphas_cumprod in float32."""
-    found = [lab.level(c) for c in levels.cases().values() if c.process == "vp" and c.k == 1]
+    levels_of = [lab.level(c) for c in levels.cases().values() if c.process == "vp" and c.k == 1]
     sdxl = hs.NoiseSchedule.scaled_linear().sigma([float(t) for t in levels.LANDINGS])
-    assert found[::2] == pytest.approx(sdxl.tolist(), rel=1e-6) and found[::2] == found[1::2]
-    assert all(a > b for a, b in pairwise(found[::2]))
+    assert (
+        levels_of[::2] == pytest.approx(sdxl.tolist(), rel=1e-6)
+        and levels_of[::2] == levels_of[1::2]
+    )
+    assert all(a > b for a, b in pairwise(levels_of[::2]))
 
 
 def test_the_crossing_lies_between_two_levels_in_the_logarithm() -> None:

@@ -113,9 +113,9 @@ def test_the_half_variant_of_a_folder_is_found(tmp_path: Path, unet: UNet, vae: 
 def test_a_sharded_folder_loads(tmp_path: Path, unet: UNet) -> None:
     names = sorted(unet.state_dict())
     shards = {"s1.safetensors": names[::2], "s2.safetensors": names[1::2]}
-    for file, held in shards.items():
-        save_file({name: unet.state_dict()[name] for name in held}, tmp_path / file)
-    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    for file, tensors in shards.items():
+        save_file({name: unet.state_dict()[name] for name in tensors}, tmp_path / file)
+    index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
     (tmp_path / f"{UNET_FILE}.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert same(load_unet(tmp_path), unet)
@@ -222,8 +222,8 @@ COSXL = {"edm_vpred.sigma_max": torch.tensor(100.0), "edm_vpred.sigma_min": torc
 
 def with_statements(tmp_path: Path, unet: UNet, vae: Vae, more: dict[str, torch.Tensor]) -> Path:
     path = single_file(unet, vae, tmp_path / "x.safetensors")
-    held, path = load_file(path) | more, tmp_path / "y.safetensors"
-    save_file(held, path, METADATA | {"headstart.vae_norm_groups": "4"})
+    tensors, path = load_file(path) | more, tmp_path / "y.safetensors"
+    save_file(tensors, path, METADATA | {"headstart.vae_norm_groups": "4"})
     return path
 
 
@@ -284,8 +284,8 @@ def test_the_cpu_gets_float32_unless_it_is_told_otherwise(tmp_path: Path, unet: 
     save_file(halves, tmp_path / "x.safetensors", METADATA)
     loaded = load_unet(tmp_path / "x.safetensors")
     assert all(torch.equal(t, halves[n].float()) for n, t in weights(loaded).items())
-    kept = load_unet(tmp_path / "x.safetensors", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in weights(kept).values()} == {torch.bfloat16}
+    network = load_unet(tmp_path / "x.safetensors", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in weights(network).values()} == {torch.bfloat16}
 
 
 def test_another_device_keeps_the_files_dtype(tmp_path: Path, unet: UNet, vae: Vae) -> None:

@@ -82,11 +82,11 @@ def test_sdxl_loads_the_same_from_a_single_file_and_a_folder(
     save_file(tensors | {position: torch.arange(16)[None]}, tmp_path / "model.safetensors")
     single = load_text(tmp_path / "model.safetensors", tokenizer=vocabulary, head_dim=8)
     root = tmp_path / "model"
-    for folder, made in zip(("text_encoder", "text_encoder_2"), pair, strict=True):
+    for folder, network in zip(("text_encoder", "text_encoder_2"), pair, strict=True):
         (root / folder).mkdir(parents=True)
-        save_file(dict(made.state_dict()), root / folder / "model.safetensors")
-        config = {"architectures": ["CLIPTextModel"], "num_attention_heads": made.params.heads}
-        config["hidden_act"] = made.params.act
+        save_file(dict(network.state_dict()), root / folder / "model.safetensors")
+        config = {"architectures": ["CLIPTextModel"], "num_attention_heads": network.params.heads}
+        config["hidden_act"] = network.params.act
         (root / folder / "config.json").write_text(json.dumps(config))
     (root / "tokenizer").mkdir()
     for name in ("vocab.json", "merges.txt"):
@@ -110,17 +110,19 @@ def test_sdxl_loads_the_same_from_a_single_file_and_a_folder(
 def test_sd21_never_runs_the_last_layer_of_an_openclip_file(
     tmp_path: Path, vocabulary: Path
 ) -> None:
-    made = tower(
+    encoder = tower(
         ClipParams(width=40, layers=2, heads=5, mlp_width=56, act="gelu", **SIZE),
         FAMILIES["sd21"].text[0],
     )
-    tensors = prefixed(openclip(dict(made.state_dict()), one_more=True), "cond_stage_model.model.")
+    tensors = prefixed(
+        openclip(dict(encoder.state_dict()), one_more=True), "cond_stage_model.model."
+    )
     path = tmp_path / "x.safetensors"
     save_file(tensors, path, {"headstart.family": "sd21"})
     text = load_text(path, tokenizer=vocabulary, head_dim=8)
     ids = text.ids(["the cat"])[0]
     assert ids[0, -1] == 0  # padded with id 0
-    want = reference(made)(ids).last_hidden_state
+    want = reference(encoder)(ids).last_hidden_state
     torch.testing.assert_close(text.encode(["the cat"]).context, want)
 
 

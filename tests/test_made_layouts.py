@@ -30,8 +30,8 @@ SIZE = "128"  # at 64 the lowest level has one pixel: see placement.py, _ONE_ROW
 
 def named(arch: str) -> str:
     """As its maker publishes it: what is no LCM and no Turbo stands for a Lightning here."""
-    known = any(word in arch for word in ("turbo", "lcm"))
-    return arch if known else f"{arch}_lightning_4step"
+    distilled = any(word in arch for word in ("turbo", "lcm"))
+    return arch if distilled else f"{arch}_lightning_4step"
 
 
 def as_ldm_unet(path: Path) -> Path:
@@ -152,11 +152,11 @@ def test_a_quarter_size_pair_samples_the_same_bits(
 def test_every_layout_scale_and_dtype_of_a_pair_gives_the_same_bits(
     sampled: Sampled, base: str, distilled: str, dtype: str, scale: str
 ) -> None:
-    found = [
+    layouts = [
         sampled(base, distilled, WHOLE[number % 3], layout, scale, dtype)
         for number, layout in enumerate(LAYOUTS)
     ]
-    assert all(other == found[0] for other in found[1:])
+    assert all(other == layouts[0] for other in layouts[1:])
 
 
 def test_the_command_line_says_what_it_took_a_file_for(

@@ -56,13 +56,13 @@ def test_every_manifest_is_loaded_here(shared: Path) -> None:
 
 @pytest.mark.parametrize("arch", UNETS)
 def test_a_full_size_unet_loads_from_a_single_file(shared: Path, hollow: Hollow, arch: str) -> None:
-    known = manifest(shared, f"unet_{arch}")
-    path = hollow("model.safetensors", halved(known["ldm"]))
+    layouts = manifest(shared, f"unet_{arch}")
+    path = hollow("model.safetensors", halved(layouts["ldm"]))
     family = read_family(path)
     assert family.name == UNETS[arch] and family.exact
     unet = load_unet(path, device="meta")
-    assert tensors(unet) == shapes(known["diffusers"])
-    assert sum(parameter.numel() for parameter in unet.parameters()) == known["n_params"]
+    assert tensors(unet) == shapes(layouts["diffusers"])
+    assert sum(parameter.numel() for parameter in unet.parameters()) == layouts["n_params"]
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "diffusers_old_attn_names", "ldm"])
@@ -70,10 +70,10 @@ def test_a_full_size_unet_loads_from_a_single_file(shared: Path, hollow: Hollow,
 def test_a_full_size_vae_loads_in_every_naming(
     shared: Path, hollow: Hollow, arch: str, naming: str
 ) -> None:
-    known = manifest(shared, f"vae_{arch}")
-    path = hollow("vae.safetensors", known[naming])
+    layouts = manifest(shared, f"vae_{arch}")
+    path = hollow("vae.safetensors", layouts[naming])
     vae = load_vae(path, device="meta", like=FAMILIES[arch])
-    assert tensors(vae) == shapes(known["diffusers"])
+    assert tensors(vae) == shapes(layouts["diffusers"])
     assert vae.scale_factor == FAMILIES[arch].scale_factor and vae.params.downscale == 8
 
 
@@ -82,24 +82,24 @@ def test_a_full_size_vae_loads_in_every_naming(
 def test_full_size_text_encoders_load_from_either_layout(
     shared: Path, hollow: Hollow, small_tokenizer: Path, arch: str, layout: str
 ) -> None:
-    known = [manifest(shared, name) for name in TEXTS[arch]]
+    layouts = [manifest(shared, name) for name in TEXTS[arch]]
     if layout == "ldm":
-        path = hollow("model.safetensors", *(halved(one["ldm"]) for one in known))
+        path = hollow("model.safetensors", *(halved(one["ldm"]) for one in layouts))
     else:
-        for folder, one in zip(("text_encoder", "text_encoder_2"), known, strict=False):
+        for folder, one in zip(("text_encoder", "text_encoder_2"), layouts, strict=False):
             file = hollow(f"model/{folder}/model.safetensors", one["diffusers"])
         path = file.parents[1]
     text = load_text(path, device="meta", tokenizer=small_tokenizer)
     assert text.length == 77
-    for tower, one in zip(text.towers, known, strict=True):
+    for tower, one in zip(text.towers, layouts, strict=True):
         assert tensors(tower) == shapes(one["diffusers"])
 
 
 def test_the_tiny_autoencoder_loads_in_both_namings(shared: Path, hollow: Hollow) -> None:
-    known = manifest(shared, "taesd")
-    whole = load_tiny(hollow("both.safetensors", known["diffusers"]), device="meta")
-    assert tensors(whole) == shapes(known["diffusers"])
+    layouts = manifest(shared, "taesd")
+    whole = load_tiny(hollow("both.safetensors", layouts["diffusers"]), device="meta")
+    assert tensors(whole) == shapes(layouts["diffusers"])
     for half in ("encoder", "decoder"):
-        path = hollow(f"{half}.safetensors", known[f"pth_{half}"])
-        wanted = {n: s for n, s in shapes(known["diffusers"]).items() if n.startswith(half)}
-        assert tensors(load_tiny(path, device="meta")) == wanted
+        path = hollow(f"{half}.safetensors", layouts[f"pth_{half}"])
+        expected = {n: s for n, s in shapes(layouts["diffusers"]).items() if n.startswith(half)}
+        assert tensors(load_tiny(path, device="meta")) == expected

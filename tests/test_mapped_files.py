@@ -30,15 +30,15 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often the header of each file is read."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     reads: Callable[[Path], mapped_files.Header] = mapped_files.read_header
 
     def counted(path: Path) -> mapped_files.Header:
-        found[path.name] += 1
+        counts[path.name] += 1
         return reads(path)
 
     monkeypatch.setattr(mapped_files, "read_header", counted)
-    yield found
+    yield counts
 
 
 def test_loading_a_pair_reads_the_header_of_each_file_once(read: Counter[str]) -> None:

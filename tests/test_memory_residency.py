@@ -43,12 +43,12 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, ...], int], N
     """Make a CPU a device where these parts take turns in an arena of so many bytes."""
 
     def make(parts: tuple[str, ...], arena: int) -> None:
-        def place(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
+        def placement_of(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
             return Placement(device=device, weights=weights, work={}, turns=parts, arena=arena)
 
         monkeypatch.setattr(planning, "takes_turns", lambda device: True)
         monkeypatch.setattr(planning, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
-        monkeypatch.setattr(planning, "place", place)
+        monkeypatch.setattr(planning, "place", placement_of)
 
     return make
 
@@ -92,8 +92,8 @@ def test_a_unet_that_stays_is_laid_out_on_the_host_and_lies_in_one_memory(
     """Weights one by one, laid out where they stay, left 1.4 GB of holes on a card: SDXL's hybrid
     did not load on 12 GB, nor on 14 where nothing takes turns."""
     turns(parts, 1000)
-    own, laid = UNet.lay_out, list[Any]()
-    monkeypatch.setattr(UNet, "lay_out", lambda u, d=None: (laid.append((u, d)), own(u, d))[1])
+    original, laid = UNet.lay_out, list[Any]()
+    monkeypatch.setattr(UNet, "lay_out", lambda u, d=None: (laid.append((u, d)), original(u, d))[1])
     engine = loaded(folder)
     base = engine.denoisers["base"]
     assert isinstance(base, UNet)
@@ -108,8 +108,10 @@ def test_where_the_host_has_no_memory_for_it_a_unet_is_laid_out_where_it_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     turns((), 0)
-    sent, own = list[Any](), UNet.to
-    monkeypatch.setattr(UNet, "to", lambda u, *a, **k: (sent.append((u, *a)), own(u, *a, **k))[1])
+    sent, original = list[Any](), UNet.to
+    monkeypatch.setattr(
+        UNet, "to", lambda u, *a, **k: (sent.append((u, *a)), original(u, *a, **k))[1]
+    )
     monkeypatch.setattr(planning, "available_bytes", lambda _: 1000)
     engine = loaded(folder)
     assert [device for _, device in sent[-2:]] == [torch.device("cpu")] * 2
@@ -133,7 +135,7 @@ def test_inputs_of_a_row_are_on_the_device_of_its_model(monkeypatch: Any) -> Non
         fake = fake_tensors()
     except UnknownBuildError as error:
         pytest.skip(str(error))
-    seen: list[tuple[str, torch.device]] = []
+    moves: list[tuple[str, torch.device]] = []
     timed: list[torch.device] = []
 
     class Network(torch.nn.Module):
@@ -143,7 +145,7 @@ def test_inputs_of_a_row_are_on_the_device_of_its_model(monkeypatch: Any) -> Non
             self.weight = torch.nn.Parameter(torch.ones((), device=device), requires_grad=False)
 
         def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-            seen.append((self.name, x_in.device))
+            moves.append((self.name, x_in.device))
             assert cond.context.device == timestep.device == x_in.device == self.weight.device
             return x_in * self.weight
 
@@ -165,7 +167,7 @@ def test_inputs_of_a_row_are_on_the_device_of_its_model(monkeypatch: Any) -> Non
         monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
         clock = Clock(torch.device("cpu"))
         states = [*denoising.DenoisingLoop(weights, "eager", request, clock).states()]  # type: ignore[arg-type]
-    assert seen == [("base", DEVICE)] * 2 + [("distilled", other)] * 2
+    assert moves == [("base", DEVICE)] * 2 + [("distilled", other)] * 2
     assert [state.x.device for state in states] == [DEVICE] * 2 + [other] * 2
     assert timed == [DEVICE] * 4 + [other] * 4, "both ends of a span, on the row's own device"
 
@@ -207,18 +209,18 @@ def test_memory_is_planned_for_a_picture_of_plan_size(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[Any] = []
+    requests: list[Any] = []
 
-    def place(weights: Any, values: Any, shape: Any, *_: Any, **__: Any) -> Placement:
-        seen.append(shape)
+    def placement_of(weights: Any, values: Any, shape: Any, *_: Any, **__: Any) -> Placement:
+        requests.append(shape)
         return Placement(device="cpu", weights=weights, work={})
 
     monkeypatch.setattr(planning, "takes_turns", lambda device: True)
-    monkeypatch.setattr(planning, "place", place)
+    monkeypatch.setattr(planning, "place", placement_of)
     for size in (None, 64, (32, 48)):
         loaded(folder, plan_size=size)
-    assert [shape.pixels for shape in seen] == [(32, 32), (64, 64), (32, 48)]
-    assert [shape.latent for shape in seen] == [(8, 8), (16, 16), (8, 12)]
+    assert [shape.pixels for shape in requests] == [(32, 32), (64, 64), (32, 48)]
+    assert [shape.latent for shape in requests] == [(8, 8), (16, 16), (8, 12)]
     with pytest.raises(hs.InputError, match="size 33x33: both sides must be"):
         loaded(folder, plan_size=33)
 
@@ -230,24 +232,24 @@ def test_a_resumed_run_loads_only_the_models_that_are_left(
     turns(ALL, 10**9)
     engine = loaded(folder)
     states = [*engine.iterate("a fox", plan=PLAN, seeds=3)]
-    (own,) = engine.weights.residency.arenas
-    with own.using("text"):
-        before = own.moved_bytes
+    (arena,) = engine.weights.residency.arenas
+    with arena.using("text"):
+        before = arena.moved_bytes
     again = [*engine.iterate("a fox", plan=PLAN, seeds=3, resume=states[1])]
     assert torch.equal(again[-1].x, states[-1].x)
-    assert own.resident == "distilled" and own.moved_bytes - before <= own.size_bytes
+    assert arena.resident == "distilled" and arena.moved_bytes - before <= arena.size_bytes
 
 
 def test_a_preview_of_a_row_is_drawn_on_its_decoders_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The base's x0 may be on another GPU, and a lane's streams are of one."""
-    seen: list[tuple[torch.device, torch.device]] = []
+    moves: list[tuple[torch.device, torch.device]] = []
     other = torch.device("meta")
 
     def opened(_: Any, device: torch.device) -> Any:
         def begin(_: Any, x0: Tensor) -> Any:
-            seen.append((device, x0.device))
+            moves.append((device, x0.device))
             raise ValueError("seen")
 
         return SimpleNamespace(begin=begin)
@@ -257,18 +259,18 @@ def test_a_preview_of_a_row_is_drawn_on_its_decoders_device(
     state = hs.State(0, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
     with pytest.warns(UserWarning, match="seen"), hs.Preview(decoder, print) as preview:
         preview(state)
-    assert seen == [(other, other)]
+    assert moves == [(other, other)]
 
 
 def test_a_limit_of_memory_counts_what_captured_graphs_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A UNet's rows use it again, and nothing beyond the limit."""
-    own = Placement(device="cuda:0", weights={"base": 3_000}, work={})
+    placement = Placement(device="cuda:0", weights={"base": 3_000}, work={})
     device = torch.device("cuda", 0)
     monkeypatch.setattr(residency, "available_bytes", lambda _: 10**6)
     monkeypatch.setattr(residency, "pool_bytes", lambda _: 500)
-    found = Residency(devices={"base": device}, placements=(own,), most_bytes=8_000)
+    found = Residency(devices={"base": device}, placements=(placement,), most_bytes=8_000)
     free, pools = found.free(["base"])
     assert (free, pools) == (4_500, 500)
     assert replace(found, most_bytes=None).free(["base"]) == (10**6, 500)
@@ -298,9 +300,9 @@ def test_texts_that_memory_cannot_hold_at_once_are_refused(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = loaded(folder).weights
-    assert own.footprint is not None
-    engine = hs.Engine(replace(own, footprint=replace(own.footprint, text_values=1e6)))
+    weights = loaded(folder).weights
+    assert weights.footprint is not None
+    engine = hs.Engine(replace(weights, footprint=replace(weights.footprint, text_values=1e6)))
     monkeypatch.setattr(residency, "available_bytes", lambda _: 10**8)
     with pytest.raises(hs.InputError, match=r"200 texts of \d+ tokens need .* fewer prompts"):
         engine.sample([f"a fox {n}" for n in range(200)], plan="distilled", batch=1)

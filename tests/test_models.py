@@ -198,12 +198,12 @@ def test_a_torn_file_is_one_line_and_its_long_list_is_behind_debug(
 
 
 def test_what_is_stated_is_before_what_is_guessed_before_the_family(tmp_path: Path) -> None:
-    made = Made.of("sd21", 0)
-    guessed = Model.of(made.write("bare", tmp_path / "sd_turbo"))
+    model = Made.of("sd21", 0)
+    guessed = Model.of(model.write("bare", tmp_path / "sd_turbo"))
     assert guessed.prediction is Prediction.EPS and not guessed.states("prediction")
-    stated = Model.of(made.write("folder", tmp_path / "folder_turbo"))
+    stated = Model.of(model.write("folder", tmp_path / "folder_turbo"))
     assert stated.prediction is Prediction.V and stated.states("prediction")
-    plain = Model.of(made.write("bare", tmp_path / "model"))
+    plain = Model.of(model.write("bare", tmp_path / "model"))
     assert plain.prediction is Prediction.V
     note = plain.note("base", prediction_given=False)
     assert note is not None and note.startswith("base: nothing says whether it predicts eps or v")
@@ -215,32 +215,35 @@ def test_what_is_stated_is_before_what_is_guessed_before_the_family(tmp_path: Pa
 
 
 def test_two_stated_schedules_are_each_models_own(tmp_path: Path) -> None:
-    made = Made.of("sd15", 0)
-    one, other = (Model.of(made.write("folder", tmp_path / name)) for name in ("a", "b"))
+    model = Made.of("sd15", 0)
+    one, other = (Model.of(model.write("folder", tmp_path / name)) for name in ("a", "b"))
     same = {"base": one, "distilled": other}
-    known = predictions(None, same)
-    assert two_schedules(schedules(same, known)) is None
+    kinds = predictions(None, same)
+    assert two_schedules(schedules(same, kinds)) is None
     scheduler = tmp_path / "b" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("0.012", "0.02"))
     models = {"base": one, "distilled": Model.of(tmp_path / "b")}
     check_belong(models)
-    found = schedules(models, known)
-    assert found["base"] == one.family.schedule != found["distilled"]
-    message = two_schedules(found)
+    levels = schedules(models, kinds)
+    assert levels["base"] == one.family.schedule != levels["distilled"]
+    message = two_schedules(levels)
     assert message is not None and "each model is called at its own levels" in message
 
 
 def test_a_published_student_of_unstated_schedule_has_its_familys(tmp_path: Path) -> None:
     """Its name says Turbo, and no Turbo was trained on this base's linear betas."""
-    made = Made.of("sd15", 0)
-    base = made.write("folder", tmp_path / "base")
+    model = Made.of("sd15", 0)
+    base = model.write("folder", tmp_path / "base")
     scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("scaled_linear", "linear"))
-    models = {"base": Model.of(base), "distilled": Model.of(made.write("bare", tmp_path / "s_lcm"))}
-    known = predictions(None, models)
-    assert known["base"] is known["distilled"]
+    models = {
+        "base": Model.of(base),
+        "distilled": Model.of(model.write("bare", tmp_path / "s_lcm")),
+    }
+    kinds = predictions(None, models)
+    assert kinds["base"] is kinds["distilled"]
     assert models["distilled"].guess.preset == "lcm"
-    assert schedules(models, known)["distilled"] == hs.NoiseSchedule.scaled_linear()
-    nameless = {**models, "distilled": Model.of(made.write("bare", tmp_path / "student"))}
-    found = schedules(nameless, known)
-    assert found["distilled"] == found["base"] != hs.NoiseSchedule.scaled_linear()
+    assert schedules(models, kinds)["distilled"] == hs.NoiseSchedule.scaled_linear()
+    nameless = {**models, "distilled": Model.of(model.write("bare", tmp_path / "student"))}
+    levels = schedules(nameless, kinds)
+    assert levels["distilled"] == levels["base"] != hs.NoiseSchedule.scaled_linear()

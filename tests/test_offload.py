@@ -23,27 +23,30 @@ def planned(free: float | None, weights: dict[str, int] = SDXL) -> Placement:
 
 @pytest.mark.parametrize("free", [None, 24.0, 16.0])
 def test_where_all_fits_nothing_takes_turns_and_nothing_is_said(free: float | None) -> None:
-    found = planned(free)
-    assert found.turns == () and found.resident_bytes == sum(SDXL.values())
-    assert found.by_picture == found.by_prompt == () and note(found) is None
+    placement = planned(free)
+    assert placement.turns == () and placement.resident_bytes == sum(SDXL.values())
+    assert placement.by_picture == placement.by_prompt == () and note(placement) is None
 
 
 def test_text_and_distilled_take_turns_first_and_only_as_far_as_is_needed() -> None:
-    found = planned(12.6)
-    assert found.turns == ("text", "distilled")
-    assert 0 < found.arena < SDXL["text"]
-    assert found.by_picture == ()
-    assert found.by_prompt == (Move("text", found.arena), Move("distilled", found.arena, "base"))
+    placement = planned(12.6)
+    assert placement.turns == ("text", "distilled")
+    assert 0 < placement.arena < SDXL["text"]
+    assert placement.by_picture == ()
+    assert placement.by_prompt == (
+        Move("text", placement.arena),
+        Move("distilled", placement.arena, "base"),
+    )
     more = planned(12.5)
-    assert abs(more.arena - found.arena - GB // 10) <= 2
+    assert abs(more.arena - placement.arena - GB // 10) <= 2
 
 
 def test_base_and_distilled_take_turns_where_text_does_not_save_enough() -> None:
-    found = planned(8.0)
-    assert found.turns == ("text", "base", "distilled")
-    assert [move.part for move in found.by_picture] == ["base", "distilled"]
-    assert sum(move.size_bytes for move in found.by_picture) == 2 * found.arena
-    assert found.by_prompt == (Move("text", SDXL["text"]),)
+    placement = planned(8.0)
+    assert placement.turns == ("text", "base", "distilled")
+    assert [move.part for move in placement.by_picture] == ["base", "distilled"]
+    assert sum(move.size_bytes for move in placement.by_picture) == 2 * placement.arena
+    assert placement.by_prompt == (Move("text", SDXL["text"]),)
 
 
 def test_what_does_not_fit_even_in_turns_is_refused_before_it_is_loaded() -> None:
@@ -53,9 +56,9 @@ def test_what_does_not_fit_even_in_turns_is_refused_before_it_is_loaded() -> Non
 
 @given(st.floats(6.8, 20.0))
 def test_every_stage_of_a_plan_fits_in_what_was_free(free: float) -> None:
-    found = planned(free)
-    for work in found.work.values():
-        assert found.resident_bytes + work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
+    placement = planned(free)
+    for work in placement.work.values():
+        assert placement.resident_bytes + work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.integers(1, 120))
@@ -68,8 +71,8 @@ def test_an_arena_is_the_smallest_that_saves_enough(sizes: list[int], excess: in
 
 
 def test_float8_is_not_recommended_to_those_who_have_it() -> None:
-    found = place(SDXL, VALUES, SHAPE, 8 * GB, device="cuda:0", float8=True)
-    text = note(found)
+    placement = place(SDXL, VALUES, SHAPE, 8 * GB, device="cuda:0", float8=True)
+    text = note(placement)
     assert text is not None and "float8" not in text and "--distilled-lora" in text
     with pytest.raises(InputError, match=r"even where .* memory= \(--memory\) .*--size") as caught:
         place(SDXL, VALUES, SHAPE, 5 * GB, device="cuda:0", float8=True)

@@ -144,14 +144,14 @@ def test_prompts_with_one_seed_share_its_noise(
 ) -> None:
     """Which the steps draw: no noise of a row is ever written to memory."""
     leg = hs.Leg(model="distilled", steps=2, update=hs.Update.RENOISE)
-    drawn: list[int] = []
+    seeds_drawn: list[int] = []
     monkeypatch.setattr(
         "headstart.noise.philox_normal",
-        lambda *a: drawn.append(a[2]) or philox_normal(*a),  # pyright: ignore
+        lambda *a: seeds_drawn.append(a[2]) or philox_normal(*a),  # pyright: ignore
     )
     for seeds in (5, [5, 6]):
         engine.sample(["a fox", "an owl"], seeds=seeds, plan=hs.Plan((leg,)))
-    assert drawn == [INITIAL] * 2
+    assert seeds_drawn == [INITIAL] * 2
     done = engine.sample(["a fox", "an owl"], seeds=5)
     assert done.seeds == (5, 5)
     assert not torch.equal(done.latents[0], done.latents[1])
@@ -184,8 +184,8 @@ def test_threads_on_one_engine_get_the_bits_of_a_sequence(engine: hs.Engine) -> 
 
     expected = [run(seed) for seed in range(6)]
     with ThreadPoolExecutor(2) as pool:
-        for got, wanted in zip(pool.map(run, range(6)), expected, strict=True):
-            assert torch.equal(got, wanted)
+        for got, latents in zip(pool.map(run, range(6)), expected, strict=True):
+            assert torch.equal(got, latents)
 
 
 def test_interleaved_runs_do_not_meet(engine: hs.Engine) -> None:
@@ -214,15 +214,15 @@ def test_iterate_checks_at_once_and_runs_as_it_is_iterated(engine: hs.Engine) ->
 
 
 def test_a_raise_in_on_step_cancels(engine: hs.Engine) -> None:
-    seen: list[int] = []
+    steps: list[int] = []
 
     def stop(state: hs.State) -> None:
-        seen.append(state.step)
+        steps.append(state.step)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         engine.sample("a fox", on_step=stop)
-    assert seen == [0]
+    assert steps == [0]
 
 
 def test_time_is_told_by_stage_and_adds_up(engine: hs.Engine) -> None:

@@ -75,11 +75,11 @@ def test_an_lcm_gets_the_embedding_of_the_stated_guidance(
     more = {} if guidance is None else {"embedded_guidance": guidance}
     engine, spies = spied(load("sdxl", "lcm-sdxl", "lcm", **more))
     engine.sample("a fox", seeds=[1, 2], size=64)
-    wanted = guidance_embedding(
+    expected = guidance_embedding(
         torch.tensor([EMBEDDED_GUIDANCE if guidance is None else guidance]), 32
     )
     for cond in spies["distilled"].seen:
-        assert torch.equal(cond.guidance_embedding, wanted.expand(2, 32))
+        assert torch.equal(cond.guidance_embedding, expected.expand(2, 32))
 
 
 def test_a_base_without_the_projection_is_not_moved_by_it(load: Callable[..., hs.Engine]) -> None:

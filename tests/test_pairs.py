@@ -47,8 +47,8 @@ def test_every_pair_runs_in_every_mode_it_has(pair: Pair) -> None:
                 with pytest.raises(PlanError, match="only step"):
                     table_of(pair, mode=mode, steps=steps)
                 continue
-            given_steps = {} if mode == "base" else {"steps": steps}
-            table = table_of(pair, mode=mode, **given_steps)
+            options = {} if mode == "base" else {"steps": steps}
+            table = table_of(pair, mode=mode, **options)
             assert all(here.sigma_next == after.sigma for here, after in pairwise(table))
             if mode == "hybrid":
                 assert table.models == ("base", "distilled")
@@ -173,8 +173,8 @@ def test_any_level_is_a_hand_off_of_the_base_alone_above_it(
     distilled = [step for step in compiled if step.model == "distilled"]
     assert len(base) == k
     assert base[0].timestep == 999
-    own = preset("lightning", steps=steps, mode="distilled").compile(SD)
-    assert distilled == [step for step in own if step.sigma <= level * (1 + PRINTED)]
+    rows = preset("lightning", steps=steps, mode="distilled").compile(SD)
+    assert distilled == [step for step in rows if step.sigma <= level * (1 + PRINTED)]
     assert base[-1].sigma_next == distilled[0].sigma
     lengths = [a.timestep - b.timestep for a, b in pairwise(compiled.steps[: k + 1])]
     assert max(lengths) - min(lengths) <= 1  # whole timesteps
@@ -279,10 +279,10 @@ def test_a_flows_base_may_cover_its_part_on_a_grid_of_its_own(name: str) -> None
     pair = PAIRS[name]
     for n in (7, 8, 20, 30):
         table = table_of(pair, n=n)
-        own = pair.schedules["base"].points(n, pair.spacing).sigmas
+        sigmas = pair.schedules["base"].points(n, pair.spacing).sigmas
         base = [step.sigma for step in table if step.model == "base"]
         level = table[len(base)].sigma
-        assert base == [sigma for sigma in own if sigma > level * (1 + 1e-6)]
+        assert base == [sigma for sigma in sigmas if sigma > level * (1 + 1e-6)]
     with pytest.raises(PlanError, match="grids of flows do not meet"):
         preset(name, n=8, mode="replace-final")
 
@@ -347,19 +347,19 @@ def test_numbers_of_numpy_and_whole_numbers_are_numbers() -> None:
      ("first", -3), ("cut", 1), ("end_scale", "x")],
 )  # fmt: skip
 def test_a_table_of_nonsense_is_not_read(field: str, value: object) -> None:
-    found = json.loads(preset("tcd").compile(SD).to_json())
-    assert StepTable.from_json(json.dumps(found)).steps == preset("tcd").compile(SD).steps
+    document = json.loads(preset("tcd").compile(SD).to_json())
+    assert StepTable.from_json(json.dumps(document)).steps == preset("tcd").compile(SD).steps
     for name in ("end_scale", "cut"):  # tables of before have neither
-        old = {key: kept for key, kept in found.items() if key != name}
+        old = {key: kept for key, kept in document.items() if key != name}
         assert len(StepTable.from_json(json.dumps(old))) == 4
     with pytest.raises(PlanError):
-        StepTable.from_json(json.dumps(found | {field: value}))
+        StepTable.from_json(json.dumps(document | {field: value}))
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"first": Infinity, "format": 1}', "null", "[]"])
 def test_damaged_text_is_no_table(text: str) -> None:
     with pytest.raises(PlanError, match="not a"):
         StepTable.from_json(text)
-    found = json.loads(preset("tcd").compile(SD).to_json())
+    document = json.loads(preset("tcd").compile(SD).to_json())
     with pytest.raises(PlanError, match="not a step table in JSON"):
-        StepTable.from_json(json.dumps(found | {"first": math.inf}))
+        StepTable.from_json(json.dumps(document | {"first": math.inf}))

@@ -18,16 +18,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BOTH = (torch.float32, torch.bfloat16)
 
 
-def capability(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int]) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: found)
+def capability(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: version)
 
 
 @pytest.mark.parametrize("kind", [None, torch.float16, "stored", "float8"])
 def test_a_gpu_decodes_in_bfloat16_where_it_computes_in_it_else_in_float32(
     kind: Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for found, dtype in {(9, 0): BOTH[1], (8, 0): BOTH[1], (7, 5): BOTH[0]}.items():
-        capability(monkeypatch, found)
+    for version, dtype in {(9, 0): BOTH[1], (8, 0): BOTH[1], (7, 5): BOTH[0]}.items():
+        capability(monkeypatch, version)
         assert decoder_dtype("auto", kind, CUDA) == dtype
 
 
@@ -51,8 +51,8 @@ def test_a_cpu_decodes_in_what_its_networks_compute_in_but_never_in_float16() ->
 
 
 def test_other_accelerators_decode_in_float32_unless_they_are_known() -> None:
-    found = [computes_bfloat16(torch.device(name)) for name in ("xpu", "mps", "cpu")]
-    assert found == [True, False, False]
+    answers = [computes_bfloat16(torch.device(name)) for name in ("xpu", "mps", "cpu")]
+    assert answers == [True, False, False]
 
 
 def test_a_dtype_that_there_is_not_is_refused() -> None:

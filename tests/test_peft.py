@@ -36,7 +36,7 @@ def peft_file(folder: Path, config: object, metadata: dict[str, str] | None = No
 def scales(path: Path) -> list[float]:
     """Of the two layers of the UNet, then that of the text encoder."""
     deltas = read_adapter(path).resolve(NETWORKS).require().deltas
-    ordered = (deltas[place] for place in peft_changes())
+    ordered = (deltas[change] for change in peft_changes())
     return [delta.scale for delta in ordered if isinstance(delta, LowRank)]
 
 

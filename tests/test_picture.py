@@ -60,23 +60,23 @@ def run(engine: hs.Engine) -> hs.Trajectory:
 def read_parameters(text: str) -> dict[str, Any]:
     """As what reads such pictures does: the last line is pairs, what is before it the prompts."""
     *lines, last = text.split("\n")
-    found: dict[str, Any] = {}
+    fields_read: dict[str, Any] = {}
     while last:
         name, _, last = last.partition(": ")
         if last.startswith('"'):
-            found[name], end = json.JSONDecoder().raw_decode(last)
+            fields_read[name], end = json.JSONDecoder().raw_decode(last)
             last = last[end:].removeprefix(", ")
         else:
-            found[name], _, last = last.partition(", ")
+            fields_read[name], _, last = last.partition(", ")
     before = "\n".join(["", *lines])
-    prompt, _, found["negative"] = before.partition("\nNegative prompt: ")
-    found["prompt"] = prompt.removeprefix("\n")
-    return found
+    prompt, _, fields_read["negative"] = before.partition("\nNegative prompt: ")
+    fields_read["prompt"] = prompt.removeprefix("\n")
+    return fields_read
 
 
 def test_parameters_name_what_others_call_so() -> None:
-    found = read_parameters(parameters(picture_record(RUN, 1)))
-    assert found == {
+    fields = read_parameters(parameters(picture_record(RUN, 1)))
+    assert fields == {
         **{"prompt": "a fox", "negative": "blur", "Steps": "4", "Sampler": "Euler"},
         **{"CFG scale": "7.5", "Seed": "4", "Size": "96x64", "Model hash": "ababababab"},
         **{"Model": "sd, 1: x", "Refiner": "lcm [cdcdcdcdcd]", "Refiner switch at": "0.25"},
@@ -97,10 +97,10 @@ def test_adapters_stand_in_the_prompt_as_others_write_them() -> None:
         "rows": {"value": [[0.0, 1.0, 0.0], [0.0, -3.0, 0.0]]},
         "distilled-lora": {"value": 1.0, "models": ["distilled"]},
     }
-    own = {name: {"to": ["base"], "allow": [], "strength": s} for name, s in strengths.items()}
-    run = replace(RUN, adapters=own, prompts=("a fox", "a <lora:ink:0.3> fox", "an owl"))
-    found = [read_parameters(parameters(picture_record(run, n)))["prompt"] for n in range(3)]
-    assert found == [
+    adapters = {name: {"to": ["base"], "allow": [], "strength": s} for name, s in strengths.items()}
+    run = replace(RUN, adapters=adapters, prompts=("a fox", "a <lora:ink:0.3> fox", "an owl"))
+    prompts = [read_parameters(parameters(picture_record(run, n)))["prompt"] for n in range(3)]
+    assert prompts == [
         "a fox <lora:ink:0.8> <lora:two.parts:0.5:1.5> <lora:each:0.25>",
         "a <lora:ink:0.3> fox <lora:two.parts:0.5:1.5> <lora:each:-2> <lora:rows:-3>",
         "an owl <lora:ink:0.8> <lora:two.parts:0.5:1.5>",
@@ -142,11 +142,11 @@ def test_any_text_comes_back_from_both_texts_of_a_picture(
     )
     texts = picture_texts(run, 0)
     assert "ann" not in json.dumps(texts)
-    own = parse(json.loads(texts["headstart"]))
-    assert (own.prompts, own.negative, own.seeds) == ((prompt,), negative, (2**64 - 1,))
-    found = read_parameters(texts["parameters"])
-    assert (found["prompt"], found["negative"]) == (prompt, negative)
-    assert found["Seed"] == str(2**64 - 1)
+    record = parse(json.loads(texts["headstart"]))
+    assert (record.prompts, record.negative, record.seeds) == ((prompt,), negative, (2**64 - 1,))
+    fields = read_parameters(texts["parameters"])
+    assert (fields["prompt"], fields["negative"]) == (prompt, negative)
+    assert fields["Seed"] == str(2**64 - 1)
 
 
 def test_a_picture_holds_nothing_of_the_others_in_its_run() -> None:
@@ -159,9 +159,13 @@ def test_a_picture_holds_nothing_of_the_others_in_its_run() -> None:
 
 
 def test_a_picture_holds_what_its_method_acts_across() -> None:
-    own = picture_record(replace(RUN, diversify=("particles:10",)), 1)
-    assert (own.prompts, own.seeds, own.results["rgb"]) == (("a fox",) * 2, (3, 4), [DIGESTS[1]])
-    assert own.position is not None and own.position[:2] == (1, 2)
+    record = picture_record(replace(RUN, diversify=("particles:10",)), 1)
+    assert (record.prompts, record.seeds, record.results["rgb"]) == (
+        ("a fox",) * 2,
+        (3, 4),
+        [DIGESTS[1]],
+    )
+    assert record.position is not None and record.position[:2] == (1, 2)
 
 
 def test_strengths_are_those_of_the_picture() -> None:
@@ -227,9 +231,9 @@ def test_a_forged_picture_is_not_equal_and_says_how_far(
 ) -> None:
     rgb = run.rgb[0].numpy().copy()
     rgb[0, 0, 0] ^= 1
-    own = picture_record(run.recorded(), 0, run.tokens)
-    results = {**own.results, "rgb": [hashlib.sha256(rgb.tobytes()).hexdigest()]}
-    text = json.dumps(describe(replace(own, results=results)))
+    record = picture_record(run.recorded(), 0, run.tokens)
+    results = {**record.results, "rgb": [hashlib.sha256(rgb.tobytes()).hexdigest()]}
+    text = json.dumps(describe(replace(record, results=results)))
     (tmp_path / "a.png").write_bytes(encode_png(rgb, {"headstart": text}))
     with pytest.raises(hs.InputError, match=r"1 of 4096 pixels differ, by 1 of 255 at most"):
         hs.replay(tmp_path / "a.png", engine)
@@ -314,7 +318,9 @@ def test_a_sheet_has_a_row_for_each_prompt_also_where_seeds_differ(
     one_short = replace(
         run, rgb=run.rgb[:5], latents=run.latents[:5], seeds=run.seeds[:5], prompts=run.prompts[:5]
     )
-    sizes = {Image.open(io.BytesIO(own._repr_png_())).size for own in (run, pairs, one_short)}
+    sizes = {
+        Image.open(io.BytesIO(picture._repr_png_())).size for picture in (run, pairs, one_short)
+    }
     assert len(sizes) == 1
 
 

@@ -25,7 +25,7 @@ def ids(pieces: list[Piece]) -> list[str]:
 
 def words(text: str, learned: str = "") -> tuple[list[Word], float]:
     """A word a space; digits are ids."""
-    return [Word(tuple(map(int, own)), own == learned) for own in text.split()], 1.0
+    return [Word(tuple(map(int, ids)), ids == learned) for ids in text.split()], 1.0
 
 
 @settings(patient, max_examples=60)
@@ -35,12 +35,12 @@ def test_pieces_are_the_words_in_order_with_their_weights(
 ) -> None:
     pieces = cut(spans, 10, style, COMMA)
     assert pieces and all(len(p.ids) == len(p.weights) <= 10 for p in pieces)
-    tokens = [(id, own[1]) for own in spans if own for word in own[0] for id in word.ids]
+    tokens = [(id, span[1]) for span in spans if span for word in span[0] for id in word.ids]
     cut_tokens = [pair for piece in pieces for pair in zip(*piece, strict=True)]
     assert cut_tokens == tokens
     ends = {sum(len(p.ids) for p in pieces[: n + 1]) for n in range(len(pieces))}
     at = 0
-    for word in (word for own in spans if own for word in own[0]):
+    for word in (word for span in spans if span for word in span[0]):
         if word.is_embedding:
             assert not ends & set(range(at + 1, at + len(word.ids))), "a learned token is whole"
         at += len(word.ids)
@@ -62,8 +62,8 @@ def test_comfyui_keeps_short_spans_whole_and_cuts_long_ones_where_the_piece_is_f
 
 def test_a1111_goes_back_to_the_last_comma_of_twenty_tokens() -> None:
     near, far = [1] * 60 + [COMMA] + [2] * 30, [1] * 50 + [COMMA] + [2] * 30
-    pieces = [cut([([Word(tuple(own))], 1.0)], 75, "a1111", COMMA) for own in (near, far)]
-    assert [[len(piece.ids) for piece in own] for own in pieces] == [[61, 30], [75, 6]]
+    pieces = [cut([([Word(tuple(words))], 1.0)], 75, "a1111", COMMA) for words in (near, far)]
+    assert [[len(piece.ids) for piece in words] for words in pieces] == [[61, 30], [75, 6]]
     comma = [1] * 74 + [2] + [COMMA, 3]
     found = cut([([Word(tuple(comma))], 1.0)], 75, "a1111", COMMA)
     assert [len(piece.ids) for piece in found] == [75, 2], "a comma itself does not go back"

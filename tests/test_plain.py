@@ -20,8 +20,8 @@ EPS = 2.0**-24
 
 def dense(tensors: Tensors, shape: tuple[int, ...], folder: Path) -> Dense:
     path = write(folder / "a.safetensors", {f"lora_unet_x.{n}": t for n, t in tensors.items()})
-    found = read_adapter(path).resolve({"unet": {"x": shape}}).require()
-    delta = found.deltas["unet", "x"]
+    resolution = read_adapter(path).resolve({"unet": {"x": shape}}).require()
+    delta = resolution.deltas["unet", "x"]
     assert isinstance(delta, Dense)
     return delta
 

@@ -43,9 +43,9 @@ def typed(
             status = main([command, "a castle", *words, *out])
         except LoadedError:
             status = 0
-        shown = capsys.readouterr().err
-        assert ("error:" in shown) == (status != 0), shown
-        return shown
+        output = capsys.readouterr().err
+        assert ("error:" in output) == (status != 0), output
+        return output
 
     monkeypatch.chdir(files)
     monkeypatch.setattr(Engine, "load", load)

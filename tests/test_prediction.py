@@ -20,15 +20,15 @@ VALUES = st.floats(-3.0, 3.0)
 @patient
 def test_every_prediction_recovers_the_same_x0(sigma: float, x0: float, eps: float) -> None:
     x = x0 + sigma * eps
-    kept = 1 / (1 + sigma**2)  # alphas_cumprod, from which v is defined
+    alpha = 1 / (1 + sigma**2)  # alphas_cumprod, from which v is defined
     outputs = {
         Prediction.EPS: eps,
-        Prediction.V: math.sqrt(kept) * eps - math.sqrt(1 - kept) * x0,
+        Prediction.V: math.sqrt(alpha) * eps - math.sqrt(1 - alpha) * x0,
         Prediction.X0: x0,
     }
     for prediction, output in outputs.items():
         c_in, c_skip, c_out = prediction.scalings(sigma)
-        assert c_in == pytest.approx(math.sqrt(kept), rel=1e-15)
+        assert c_in == pytest.approx(math.sqrt(alpha), rel=1e-15)
         # eps subtracts two numbers of size sigma*eps; 4 roundings of 1.1e-16 each
         assert c_skip * x + c_out * output == pytest.approx(x0, abs=1e-15 * (4 + 16 * sigma))
 

@@ -35,9 +35,9 @@ def test_sampling_with_previews_on_is_bit_identical_to_previews_off(engine: hs.E
     for name in ("linear", "tiny", "full"):
         frames: list[Frame] = []
         with hs.Preview(hs.decoder(engine, name), frames.append, slots=8) as preview:
-            seen = engine.sample("a fox", seeds=[1, 2, 3], on_step=preview)
-        assert torch.equal(seen.latents, plain.latents)
-        assert torch.equal(seen.rgb, plain.rgb)
+            trajectory = engine.sample("a fox", seeds=[1, 2, 3], on_step=preview)
+        assert torch.equal(trajectory.latents, plain.latents)
+        assert torch.equal(trajectory.rgb, plain.rgb)
         assert [frame.step for frame in frames] == [0, 1, 2, 3]
         assert all(len(frame.rgb) == 3 and frame.rgb.dtype == "uint8" for frame in frames)
         assert preview.dropped == 0
@@ -166,8 +166,8 @@ def test_a_run_that_draws_as_it_steps_has_the_same_bits_and_each_rows_own_pictur
     settings = {"steps": 3} if plan == "base" else {}
     plain = engine.sample("a fox", plan=plan, seeds=[1, 2], keep_x0=True, **settings)
     observer = Observer()
-    drawn = engine.sample("a fox", plan=plan, seeds=[1, 2], on_step=observer, **settings)
-    assert torch.equal(drawn.latents, plain.latents) and plain.x0 is not None
+    trajectory = engine.sample("a fox", plan=plan, seeds=[1, 2], on_step=observer, **settings)
+    assert torch.equal(trajectory.latents, plain.latents) and plain.x0 is not None
     assert len(observer.states) == len(plain.x0)
     for own, x0 in zip(observer.states, plain.x0, strict=True):
         assert own.rgb is not None and torch.equal(own.rgb, linear(x0).rgb)

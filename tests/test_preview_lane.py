@@ -77,7 +77,7 @@ def test_the_side_stream_decodes_on_itself_after_the_runs_copy() -> None:
         cuda.log.append(f"{cuda.now} decodes")
         return grey(x0)
 
-    drawn = lane.begin(decoder(draw), state(0, 7.0).x0)()
+    picture = lane.begin(decoder(draw), state(0, 7.0).x0)()
     assert cuda.log == [
         "run records",
         "side waits",
@@ -85,7 +85,7 @@ def test_the_side_stream_decodes_on_itself_after_the_runs_copy() -> None:
         "side records",
         "MainThread synchronizes side",
     ]
-    assert (drawn.rgb == 7).all() and drawn.finite.all()
+    assert (picture.rgb == 7).all() and picture.finite.all()
 
 
 def test_only_the_delivering_thread_waits_for_the_device() -> None:
@@ -103,25 +103,25 @@ def test_a_ring_slot_is_a_private_copy_that_later_rows_cannot_overwrite() -> Non
     """A captured graph writes every x0 into one buffer."""
     _, lane = emulated(slots=2)
     buffer = torch.full((1, 4, 3, 2), 1.0)
-    seen: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def draw(x0: Tensor) -> Picture:
-        seen.append(x0)
+        tensors.append(x0)
         return grey(x0)
 
     first = lane.begin(decoder(draw), buffer)
     buffer.fill_(2.0)
     second = lane.begin(decoder(draw), buffer)
-    assert [drawn().rgb[0, 0, 0, 0] for drawn in (first, second)] == [1, 2]
-    assert seen[0].data_ptr() not in (buffer.data_ptr(), seen[1].data_ptr())
+    assert [finish().rgb[0, 0, 0, 0] for finish in (first, second)] == [1, 2]
+    assert tensors[0].data_ptr() not in (buffer.data_ptr(), tensors[1].data_ptr())
 
 
 def test_a_delivered_frame_stays_when_its_slot_is_used_again() -> None:
     _, lane = emulated(slots=1)
-    kept: list[HostPicture] = []
+    pictures: list[HostPicture] = []
     for value in (1.0, 2.0, 3.0):
-        kept.append(lane.begin(decoder(grey), state(0, value).x0)())
-    assert [int(drawn.rgb.max()) for drawn in kept] == [1, 2, 3]
+        pictures.append(lane.begin(decoder(grey), state(0, value).x0)())
+    assert [int(picture.rgb.max()) for picture in pictures] == [1, 2, 3]
     lane.begin(decoder(grey), state(0, 4.0, batch=5).x0)()
 
 
@@ -150,7 +150,7 @@ def test_a_preview_with_more_slots_than_its_lane_drops_frames_and_the_run_goes_o
     release = threading.Event()
     got: list[int] = []
 
-    class Held:
+    class Waiting:
         """The lane, whose pictures are not done before `release`."""
 
         def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], HostPicture]:
@@ -162,7 +162,9 @@ def test_a_preview_with_more_slots_than_its_lane_drops_frames_and_the_run_goes_o
 
             return wait
 
-    preview = hs.Preview(decoder(grey), lambda frame: got.append(frame.step), slots=4, lane=Held())
+    preview = hs.Preview(
+        decoder(grey), lambda frame: got.append(frame.step), slots=4, lane=Waiting()
+    )
     for step in range(3):
         preview(state(step))
     assert preview.dropped == 2

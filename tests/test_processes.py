@@ -35,7 +35,7 @@ NOOBAI = {"base": ZERO_SNR, "distilled": SD}
 PREDICTIONS = {"base": Prediction.V, "distilled": Prediction.EPS}
 
 
-def own_levels(table: StepTable, schedules: dict[str, NoiseSchedule]) -> None:
+def assert_levels(table: StepTable, schedules: dict[str, NoiseSchedule]) -> None:
     for step in table:
         assert step.sigma == schedules[step.model].sigma(step.timestep)
     for here, after in pairwise(table):
@@ -54,7 +54,7 @@ def test_each_model_of_a_preset_is_called_at_its_own_levels(
         dict(zip(NOOBAI, reversed(PREDICTIONS.values()), strict=True)) if swapped else PREDICTIONS
     )
     table = hs.preset(name, **settings).compile(schedules, prediction=kinds)
-    own_levels(table, schedules)
+    assert_levels(table, schedules)
     for step in table:
         assert (step.c_in, step.c_skip, step.c_out) == pytest.approx(
             kinds[step.model].scalings(step.sigma), rel=1e-6
@@ -88,7 +88,7 @@ def test_rows_chain_and_no_row_leaves_its_models_range(
     except PlanError as error:
         assert "the noise level would not fall" in str(error) or "zero steps" in str(error)
         return
-    own_levels(table, schedules)
+    assert_levels(table, schedules)
     assert table[0].model == "base" and table[-1].sigma_next == 0.0
     assert all(np.isfinite(table.coefficients()).ravel())
 
@@ -185,9 +185,9 @@ def test_two_models_that_state_two_schedules_run_each_at_its_own(
     path = write(tmp_path / "other.safetensors", 2, NoiseSchedule.cosine(), "v")
     engine = hs.Engine.load(folder / "base.safetensors", path, preset="demo")
     table = engine.compile("hybrid")
-    own = dict(engine.weights.schedules)
-    own_levels(table, own)
-    assert own["base"] != own["distilled"]
+    schedules = dict(engine.weights.schedules)
+    assert_levels(table, schedules)
+    assert schedules["base"] != schedules["distilled"]
     assert any("two noise schedules" in note for note in engine.weights.notes)
     assert heard(engine, table) == [(step.model, step.timestep) for step in table]
     again = hs.Engine.load(folder / "base.safetensors", path, preset="demo")
@@ -202,12 +202,12 @@ def test_a_silent_student_has_the_schedule_of_a_base_that_it_may_be_made_from(
     same = write(tmp_path / "same.safetensors", 2, None, "v")
     other = write(tmp_path / "other.safetensors", 2, None, "eps")
     base = folder / "base.safetensors"
-    own = hs.Engine.load(base, same).weights.schedules
-    assert own["distilled"] == own["base"] != SD
-    assert isinstance(own["base"], NoiseSchedule)
-    assert own["base"].sigmas == pytest.approx(SD.matched(0.4).sigmas, rel=1e-3)
-    own = hs.Engine.load(base, other).weights.schedules
-    assert own["distilled"] == SD != own["base"]
+    schedules = hs.Engine.load(base, same).weights.schedules
+    assert schedules["distilled"] == schedules["base"] != SD
+    assert isinstance(schedules["base"], NoiseSchedule)
+    assert schedules["base"].sigmas == pytest.approx(SD.matched(0.4).sigmas, rel=1e-3)
+    schedules = hs.Engine.load(base, other).weights.schedules
+    assert schedules["distilled"] == SD != schedules["base"]
 
 
 def test_a_switch_of_models_is_told_the_timestep_of_its_own_schedule(
@@ -220,9 +220,9 @@ def test_a_switch_of_models_is_told_the_timestep_of_its_own_schedule(
     switched = hs.branch(engine, run, states[0], model="base").table
     for before, after in zip(run.table, switched, strict=True):
         assert after.sigma == before.sigma
-    own = engine.weights.schedules["base"]
+    schedule = engine.weights.schedules["base"]
     for step in switched[1:]:
-        assert step.sigma == pytest.approx(own.sigma(step.timestep), rel=1e-3)
+        assert step.sigma == pytest.approx(schedule.sigma(step.timestep), rel=1e-3)
     assert switched[1].timestep > run.table[1].timestep
 
 

@@ -25,8 +25,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def resolved(tensors: Tensors, shape: tuple[int, ...], folder: Path) -> Delta:
     path = write(folder / "a.safetensors", {f"lora_unet_x.{n}": t for n, t in tensors.items()})
-    found = read_adapter(path).resolve({"unet": {"x": shape}}).require()
-    return found.deltas["unet", "x"]
+    resolution = read_adapter(path).resolve({"unet": {"x": shape}}).require()
+    return resolution.deltas["unet", "x"]
 
 
 def glora(shape: tuple[int, ...], *, old: bool, core: bool = False, rank: int = 3) -> Tensors:
@@ -36,8 +36,8 @@ def glora(shape: tuple[int, ...], *, old: bool, core: bool = False, rank: int = 
     a, b = randn(i, rank, *one), randn(rank, i, *one, seed=1)
     up, low = randn(o, rank, *one, seed=2), randn(rank, i, *(one if core else k), seed=3)
     names = ("a2", "a1", "b2", "b1") if old else ("a1", "a2", "b1", "b2")
-    found = dict(zip((f"{name}.weight" for name in names), (a, b, up, low), strict=True))
-    return found | ({"bm.weight": randn(rank, rank, *k, seed=4)} if core else {})
+    factors = dict(zip((f"{name}.weight" for name in names), (a, b, up, low), strict=True))
+    return factors | ({"bm.weight": randn(rank, rank, *k, seed=4)} if core else {})
 
 
 def glora_oracle(weight: Tensor, t: Tensors, *, old: bool) -> Tensor:

@@ -71,13 +71,15 @@ def last(table: hs.StepTable, networks: Mapping[str, Any], **options: Any) -> Te
 def test_a_run_reads_its_prompt_once_for_each_model_to_the_same_bits(
     table: hs.StepTable, pair: dict[str, Counting], runner: Any
 ) -> None:
-    expected = last(table, {name: foreign(own) for name, own in pair.items()})
+    expected = last(table, {name: foreign(network) for name, network in pair.items()})
     networks: Any = pair
     if runner is not None:
-        networks = {name: Chunked(open_runner(runner, own), 4) for name, own in pair.items()}
+        networks = {
+            name: Chunked(open_runner(runner, network), 4) for name, network in pair.items()
+        }
     assert torch.equal(last(table, networks), expected)
-    assert [own.read for own in pair.values()] == [1, 1]
-    assert all(own.given for own in pair.values())
+    assert [network.read for network in pair.values()] == [1, 1]
+    assert all(network.given for network in pair.values())
 
 
 def test_another_text_from_a_level_on_is_read_where_it_begins(
@@ -85,9 +87,9 @@ def test_another_text_from_a_level_on_is_read_where_it_begins(
 ) -> None:
     level = table[2].sigma
     cond = ByLevel(((math.inf, words()), (level, words(7))))
-    expected = last(table, {name: foreign(own) for name, own in pair.items()}, cond=cond)
+    expected = last(table, {name: foreign(network) for name, network in pair.items()}, cond=cond)
     assert torch.equal(last(table, pair, cond=cond), expected)
-    assert [own.read for own in pair.values()] == [2, 1]
+    assert [network.read for network in pair.values()] == [2, 1]
 
 
 @pytest.mark.parametrize(("spare", "reads"), [(None, [4, 2]), (0, [1, 1])])
@@ -96,15 +98,15 @@ def test_samples_in_turns_are_read_in_the_same_turns_where_there_is_room_for_all
 ) -> None:
     """To the same bits. Without room one part is read, which tells how large it is, and then every
     row makes its own."""
-    networks = {name: Chunked(EagerRunner(own), 1, spare) for name, own in pair.items()}
+    networks = {name: Chunked(EagerRunner(network), 1, spare) for name, network in pair.items()}
     expected = last(
-        table, {name: Chunked(EagerRunner(foreign(own)), 1) for name, own in pair.items()}
+        table, {name: Chunked(EagerRunner(foreign(network)), 1) for name, network in pair.items()}
     )
     assert torch.equal(last(table, networks), expected)
-    assert [own.read for own in pair.values()] == reads
+    assert [network.read for network in pair.values()] == reads
     rows = [2 * 2 * 3, 2 * 2]
     inputs = rows if spare is None else [0, 0]
-    assert [own.given for own in pair.values()] == inputs
+    assert [network.given for network in pair.values()] == inputs
 
 
 def test_a_runner_reads_a_prompt_in_its_own_dtype(pair: dict[str, Counting]) -> None:
@@ -135,11 +137,11 @@ def test_what_was_read_before_a_change_is_read_again(
 ) -> None:
     network, cond, prompts = pair["base"], words(), PromptCache()
     x, time = torch.randn(2, *SHAPE), torch.tensor([500, 20])
-    kept = prompts.of(network, cond)
-    assert prompts.of(network, cond).extra[TEXTS] is kept.extra[TEXTS]
+    cached = prompts.of(network, cond)
+    assert prompts.of(network, cond).extra[TEXTS] is cached.extra[TEXTS]
     cond = change(network, cond)
     assert torch.equal(network(x, time, prompts.of(network, cond)), network(x, time, cond))
-    assert not torch.equal(network(x, time, replace(kept)), network(x, time, cond))
+    assert not torch.equal(network(x, time, replace(cached)), network(x, time, cond))
 
 
 class Doubled(nn.Module):
@@ -175,21 +177,21 @@ def test_weights_whose_changes_torch_does_not_count_are_read_on_every_row(
         layer: Any = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
         layer.weight.mul_(1.5)
 
-    made: list[Tensor] = []
-    for known in (True, False):
+    tensors: list[Tensor] = []
+    for in_cache in (True, False):
         with torch.inference_mode():
             network = Counting(0)
             networks: Any = dict.fromkeys(("base", "distilled"), network)
-            if not known:
+            if not in_cache:
                 networks = {name: foreign(network) for name in networks}
-            made.append(last(table, networks, before_row=change))
-    assert torch.equal(*made)
+            tensors.append(last(table, networks, before_row=change))
+    assert torch.equal(*tensors)
 
 
 def test_what_one_network_read_is_not_given_to_another(pair: dict[str, Counting]) -> None:
     prompts, cond = PromptCache(), words()
-    found = [prompts.of(own, cond).extra[TEXTS] for own in pair.values()]
-    assert not torch.equal(*found)
+    texts = [prompts.of(network, cond).extra[TEXTS] for network in pair.values()]
+    assert not torch.equal(*texts)
 
 
 def test_networks_and_conditionings_of_other_kinds_are_let_be(pair: dict[str, Counting]) -> None:
@@ -213,13 +215,13 @@ def begun(table: hs.StepTable, seed: int = 0) -> hs.Run:
 def test_a_loop_of_ones_own_reads_a_prompt_once_too(
     table: hs.StepTable, pair: dict[str, Counting], runner: Any
 ) -> None:
-    expected = by_hand(begun(table), {name: foreign(own) for name, own in pair.items()})
+    expected = by_hand(begun(table), {name: foreign(network) for name, network in pair.items()})
     networks: Any = pair
     if runner is not None:
-        networks = {name: open_runner(runner, own) for name, own in pair.items()}
+        networks = {name: open_runner(runner, network) for name, network in pair.items()}
     run = begun(table)
     assert torch.equal(by_hand(run, networks), expected)
-    assert [own.read for own in pair.values()] == [1, 1]
+    assert [network.read for network in pair.values()] == [1, 1]
     assert run.prompt_cache.samples == 0, "nothing is kept of a run that has ended"
 
 
@@ -233,7 +235,7 @@ def test_what_is_kept_stays_with_its_run(table: hs.StepTable, pair: dict[str, Co
         cond = other.call.cond if isinstance(other, hs.Run) else other.cond
         assert type(cond.extra) is dict and not cond.extra
     assert copy.deepcopy(run).prompt_cache.samples == 0
-    networks = {name: foreign(own) for name, own in pair.items()}
+    networks = {name: foreign(network) for name, network in pair.items()}
     assert torch.equal(by_hand(run, pair), by_hand(begun(table), networks))
 
 
@@ -256,12 +258,12 @@ def test_gradients_of_a_later_row_are_those_of_a_network_that_keeps_nothing(
     assert call is not None
     with made():
         network(*call[3:])
-    found = []
-    for own in (network, foreign(network)):
+    results = []
+    for each in (network, foreign(network)):
         x = call.x_in.clone().requires_grad_()
-        own(x, call.timestep, call.cond).sum().backward()
-        found.append(x.grad)
-    assert torch.equal(*found)
+        each(x, call.timestep, call.cond).sum().backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
     layer: Any = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     layer.weight.requires_grad_()
     for _ in range(2):  # a graph that is kept would be gone through twice
@@ -274,13 +276,13 @@ def test_what_was_made_in_another_dtype_of_autocast_is_made_again(
 ) -> None:
     network, call = pair["base"], begun(table).call
     assert call is not None
-    found = []
-    for own in (network, foreign(network)):
+    results = []
+    for each in (network, foreign(network)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            first = own(*call[3:])
+            first = each(*call[3:])
         with torch.no_grad():
-            found.append((first, own(*call[3:])))
-    assert all(map(torch.equal, *found)) and network.read == 2
+            results.append((first, each(*call[3:])))
+    assert all(map(torch.equal, *results)) and network.read == 2
 
 
 def test_a_hook_that_may_change_what_is_told_is_heard_on_every_row(
@@ -314,10 +316,10 @@ def test_runs_that_share_calls_read_each_prompt_once(
 ) -> None:
     """The product of one run's prompt is of another shape than that of all, and may round
     otherwise: float32 in a network of four transformer blocks."""
-    expected = batched(table, {name: foreign(own) for name, own in pair.items()})
+    expected = batched(table, {name: foreign(network) for name, network in pair.items()})
     for got, want in zip(batched(table, pair), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
-    assert [own.read for own in pair.values()] == [3, 3]
+    assert [network.read for network in pair.values()] == [3, 3]
 
 
 def test_a_batch_keeps_as_many_as_there_is_room_for(
@@ -325,7 +327,7 @@ def test_a_batch_keeps_as_many_as_there_is_room_for(
 ) -> None:
     """The first of them, to their end: 4 samples while they are guided, 2 after that."""
     monkeypatch.setattr("headstart.batch.CACHED_SAMPLES", 4)
-    expected = batched(table, {name: foreign(own) for name, own in pair.items()})
+    expected = batched(table, {name: foreign(network) for name, network in pair.items()})
     for got, want in zip(batched(table, pair), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
     assert pair["base"].read == 1 + 3 + 3, "the others read theirs on each of three rows"
@@ -334,15 +336,15 @@ def test_a_batch_keeps_as_many_as_there_is_room_for(
 def test_a_run_that_leaves_a_batch_leaves_nothing(
     table: hs.StepTable, pair: dict[str, Counting]
 ) -> None:
-    batch, kept, left = hs.Batch(pair), begun(table), begun(table, 1)
-    for run in (kept, left):
+    batch, first, left = hs.Batch(pair), begun(table), begun(table, 1)
+    for run in (first, left):
         batch.add(run)
     batch.step()
     batch.remove(left)
-    assert (kept.prompt_cache.samples, left.prompt_cache.samples) == (4, 0)
+    assert (first.prompt_cache.samples, left.prompt_cache.samples) == (4, 0)
     with mock.patch.object(pair["base"], "conv_out", None):
         (served,) = batch.step()
-    assert served.error is not None and kept.prompt_cache.samples == 0
+    assert served.error is not None and first.prompt_cache.samples == 0
 
 
 def test_a_graph_of_a_whole_run_holds_each_prompt_once_for_each_model(
@@ -357,8 +359,10 @@ def test_a_graph_of_a_whole_run_holds_each_prompt_once_for_each_model(
     cond: Any = {"shape": SHAPE, "uncond": words(1)}
     graph = TrajectoryGraph(pair, codec, site=site)
     got = graph(table, words(), hs.Philox([3, 4]), **cond)
-    assert [own.read for own in pair.values()] == [1, 1]
-    assert torch.equal(got.latents, last(table, {n: foreign(own) for n, own in pair.items()}))
+    assert [network.read for network in pair.values()] == [1, 1]
+    assert torch.equal(
+        got.latents, last(table, {n: foreign(network) for n, network in pair.items()})
+    )
 
 
 def test_of_weights_laid_out_for_a_gpu_it_is_one_product(pair: dict[str, Counting]) -> None:

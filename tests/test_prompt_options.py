@@ -31,7 +31,7 @@ def test_prompts_attach_adapters_of_a_folder_and_the_run_replays(
     record = json.loads((out / "record.json").read_text())
     assert record["prompts"] == prompts and record["negative"] == ["a frog", ""]
     assert record["reading"] == {"style": "a1111"}
-    strengths = {name: own["strength"]["value"] for name, own in record["adapters"].items()}
+    strengths = {name: adapter["strength"]["value"] for name, adapter in record["adapters"].items()}
     assert strengths == {"sun": [[2.0, 0.0]] + [[0.0, 0.0]] * 3, "yellow": [0.0, 0.5]}
     assert main(["replay", str(out / "record.json")]) == 0
     assert "equal: 2 images, to the bit" in capsys.readouterr().out
@@ -78,8 +78,8 @@ def test_options_that_cannot_be_told_are_one_error(
 def test_texts_are_one_for_all_or_one_an_image() -> None:
     typed = ["sample", "a", "--out", "x", "--negative", "", "--second-prompt", "b", "--crop", "1,2"]
     args = build_parser().parse_args([*typed, "--second-prompt", "c", "--original-size", "8x4"])
-    found = {name: own for name, own in text_options(args).items() if own is not None}
-    assert found == {
+    options = {name: value for name, value in text_options(args).items() if value is not None}
+    assert options == {
         "negative": "", "second": ["b", "c"], "crop": (1, 2), "original_size": (8, 4),
     }  # fmt: skip
 

@@ -40,10 +40,12 @@ class _Written(str):
 
 
 def _signature(function: Callable[..., object]) -> str:
-    found = inspect.signature(function)
-    parameters = [p.replace(annotation=_written(p.annotation)) for p in found.parameters.values()]
-    returned = _written(found.return_annotation)
-    return str(found.replace(parameters=parameters, return_annotation=returned))
+    signature = inspect.signature(function)
+    parameters = [
+        p.replace(annotation=_written(p.annotation)) for p in signature.parameters.values()
+    ]
+    returned = _written(signature.return_annotation)
+    return str(signature.replace(parameters=parameters, return_annotation=returned))
 
 
 def _written(annotation: object) -> object:
@@ -86,12 +88,12 @@ def test_public_names_and_signatures_are_the_committed_ones() -> None:
 
 def test_type_checkers_see_the_names_that_run_time_serves() -> None:
     tree = ast.parse(Path(hs.__file__ or "").read_text())
-    seen: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("headstart."):
             assert [alias.asname for alias in node.names] == [alias.name for alias in node.names]
-            seen |= {alias.name: node.module or "" for alias in node.names}
-    assert seen == vars(hs)["_MODULE_OF"]
+            modules |= {alias.name: node.module or "" for alias in node.names}
+    assert modules == vars(hs)["_MODULE_OF"]
 
 
 def test_every_public_name_has_a_docstring() -> None:

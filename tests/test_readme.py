@@ -106,17 +106,17 @@ def test_no_extra_brings_torchvision_or_what_is_not_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = {canonicalize_name(name) for name in constraints()}
     left = [line for extra in project["optional-dependencies"].values() for line in extra]
-    seen = {"torch"}
+    names = {"torch"}
     while left:
         requirement = Requirement(left.pop())
         name = canonicalize_name(requirement.name)
-        if name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if name in names or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
-        seen.add(name)
+        names.add(name)
         assert name in pins and name not in NEED_TORCHVISION, name
         with suppress(PackageNotFoundError):
             left += requires(name) or []
-    assert len(seen) > 20 and not NEED_TORCHVISION & pins
+    assert len(names) > 20 and not NEED_TORCHVISION & pins
 
 
 def test_every_python_block_uses_names_that_exist() -> None:
@@ -150,6 +150,6 @@ def test_every_file_a_page_points_to_exists(page: str) -> None:
         r"`(\.?\w[\w.-]*/[\w./-]*|[A-Z][\w-]+\.md|[\w-]+\.(?:txt|toml)|LICENSE)`", text
     )
     assert len(paths) > 5 or page != "README.md"
-    places = (ROOT, (ROOT / page).parent, ROOT / "src" / "headstart")  # rooms are named alone
-    missing = [path for path in paths if not any((place / path).exists() for place in places)]
+    folders = (ROOT, (ROOT / page).parent, ROOT / "src" / "headstart")  # rooms are named alone
+    missing = [path for path in paths if not any((folder / path).exists() for folder in folders)]
     assert missing == []

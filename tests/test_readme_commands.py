@@ -49,10 +49,10 @@ class Block(NamedTuple):
 
 def blocks_of(page: str) -> list[Block]:
     fence = r"(?:^<!-- ci: (\w+) -->\n)?^```(\w*)\n(.*?)^```$"
-    found = re.findall(fence, page, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(fence, page, flags=re.MULTILINE | re.DOTALL)
     return [
         Block(marker, language, re.findall(r"^[^#\n].*", text.replace("\\\n", " "), re.MULTILINE))
-        for marker, language, text in found
+        for marker, language, text in blocks
     ]
 
 
@@ -62,14 +62,16 @@ def shell(*markers: str) -> list[Block]:
 
 def unread(page: str) -> list[str]:
     """What no test would run: blocks of another kind, and lines that are no command we know."""
-    found = blocks_of(page)
-    wrong = [f"```{b.language}" for b in found if b.language not in ("bash", "python", "bibtex")]
-    wrong += [b.marker for b in found if b.marker not in MARKERS]
-    for block in found:
-        known = ("headstart ", "hf download ") if block.marker == "downloads" else ("headstart ",)
+    blocks = blocks_of(page)
+    wrong = [f"```{b.language}" for b in blocks if b.language not in ("bash", "python", "bibtex")]
+    wrong += [b.marker for b in blocks if b.marker not in MARKERS]
+    for block in blocks:
+        commands = (
+            ("headstart ", "hf download ") if block.marker == "downloads" else ("headstart ",)
+        )
         if block.language == "bash" and block.marker in ("", "downloads"):
-            wrong += [line for line in block.lines if not line.startswith(known)]
-    return wrong + ["a fence"] * (page.count("```") - 2 * len(found))
+            wrong += [line for line in block.lines if not line.startswith(commands)]
+    return wrong + ["a fence"] * (page.count("```") - 2 * len(blocks))
 
 
 def run(block: Block) -> None:
@@ -114,10 +116,10 @@ def pickled(path: Path) -> None:
 
 def lcm(path: Path) -> None:
     """One of the two files of a diffusers folder that is a UNet alone."""
-    made = path.parents[2] / "made-lcm"
-    if not made.exists():
-        Model.of("sdxl", 3, guidance_dim=256).write("fp16", made, bare=True)
-    (made / "unet" / path.name).replace(path)
+    folder = path.parents[2] / "made-lcm"
+    if not folder.exists():
+        Model.of("sdxl", 3, guidance_dim=256).write("fp16", folder, bare=True)
+    (folder / "unet" / path.name).replace(path)
 
 
 # Each file that README's commands read: what `hf download` brings, and three of the reader's own.

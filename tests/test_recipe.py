@@ -272,14 +272,14 @@ def test_unaugmented_drawing_matches_the_dataset(sprites: Sprites) -> None:
     tensor = sprite_tensor(sprites.images)
     colours = torch.tensor([PALETTE["green"]]).expand(len(sprites), 3) / 255
     pixels = draw(tensor, colours, NONE)
-    for drawn, sprite in zip(pixels, sprites.images, strict=True):
-        rgb = ((drawn + 1) * 127.5).permute(1, 2, 0).numpy()
-        wanted = [
+    for picture, sprite in zip(pixels, sprites.images, strict=True):
+        rgb = ((picture + 1) * 127.5).permute(1, 2, 0).numpy()
+        expected = [
             dataset.render_image(sprite, "green", flip, np.random.default_rng(0)).astype(float)
             for flip in (False, True)
         ]
         subject = np.s_[24:40, 10:54]  # inside the disc, where the background does not show
-        assert min(np.abs(rgb - w)[subject].max() for w in wanted) < 1.5  # rounding to bytes
+        assert min(np.abs(rgb - w)[subject].max() for w in expected) < 1.5  # rounding to bytes
 
 
 @pytest.mark.parametrize("strength", [NONE, MILD, STRONG], ids=["none", "mild", "strong"])

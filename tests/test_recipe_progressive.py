@@ -69,7 +69,7 @@ def test_a_trajectory_is_the_rollout_and_keeps_the_states_of_the_grid() -> None:
     torch.testing.assert_close(spread[:4] / spread[0], exact, rtol=0.06, atol=0)
 
 
-def told_network(variance: float) -> Network:
+def exact_network(variance: float) -> Network:
     """The same about a mean that the caption says, so that guidance moves it."""
     network = gaussian_network(variance)
 
@@ -87,14 +87,14 @@ def test_the_first_target_is_where_the_guided_teacher_lands(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Euler: the step ends in the teacher's state; re-noise: the x0 that it predicts from there."""
-    teacher: UNet = told_network(0.3)  # type: ignore[assignment]
+    teacher: UNet = exact_network(0.3)  # type: ignore[assignment]
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 4, 16, 16, generator=draw)
     context = torch.randn(3, 16, 128, generator=draw)
     empty = torch.zeros(1, 16, 128)
     for count in (1, progressive.SUB_STEPS, 5):
         monkeypatch.setattr(distill, "LANDING_STEPS", count)
-        carried, seen = (
+        carried, timesteps = (
             distill.first_target(teacher, x, context, empty, between)
             for between in ("euler", "renoise")
         )
@@ -104,23 +104,25 @@ def test_the_first_target_is_where_the_guided_teacher_lands(
             torch.testing.assert_close(stepped, landed, rtol=0, atol=1e-5)
         times = torch.linspace(GRID[0], GRID[1], count + 1).round().long().tolist()
         expected = rollout(teacher, x, times, context, empty=empty, guidance=2.0)
-        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(timesteps, expected, rtol=0, atol=1e-5)
         now = torch.full((3,), GRID[1])
         again = predict_x0(teacher, stepped, now, context, empty=empty, guidance=2.0)
-        torch.testing.assert_close(again, seen, rtol=0, atol=1e-4)
+        torch.testing.assert_close(again, timesteps, rtol=0, atol=1e-4)
         # of one step the first is the teacher's own prediction, and the second is another
-        own = predict_x0(teacher, x, torch.full((3,), GRID[0]), context, empty=empty, guidance=2.0)
-        assert torch.allclose(carried, own, atol=1e-4) is (count == 1)
-        assert not torch.allclose(carried, seen, atol=1e-2)
+        guided = predict_x0(
+            teacher, x, torch.full((3,), GRID[0]), context, empty=empty, guidance=2.0
+        )
+        assert torch.allclose(carried, guided, atol=1e-4) is (count == 1)
+        assert not torch.allclose(carried, timesteps, atol=1e-2)
 
 
 def test_the_stage_goes_on_from_its_parts_and_writes_a_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[int] = []
+    calls: list[int] = []
 
-    def taught(teacher: UNet, x: Tensor, context: Tensor, empty: Tensor) -> Tensor:
-        drawn.append(len(x))
+    def pool_of(teacher: UNet, x: Tensor, context: Tensor, empty: Tensor) -> Tensor:
+        calls.append(len(x))
         return torch.zeros(len(x), 5, 4, 16, 16)
 
     class Text(torch.nn.Module):
@@ -132,7 +134,7 @@ def test_the_stage_goes_on_from_its_parts_and_writes_a_student(
     Dataset(np.zeros((4, 64, 64, 3), np.uint8), (Item("fox", "noto", "blue", False),) * 4).save(
         tmp_path
     )
-    monkeypatch.setattr(progressive, "teach", taught)
+    monkeypatch.setattr(progressive, "teach", pool_of)
     monkeypatch.setattr(progressive, "PARTS", 2)
     monkeypatch.setattr(progressive, "PART", 4)
     monkeypatch.setattr(progressive, "write_sheet", lambda *_: None)
@@ -140,9 +142,9 @@ def test_the_stage_goes_on_from_its_parts_and_writes_a_student(
     monkeypatch.setattr(progressive.codec, "load", lambda _: None)
     options = StageOptions(work=tmp_path, minutes=1e-6)
     progressive.main(options)
-    assert drawn == [4, 4]
+    assert calls == [4, 4]
     (tmp_path / "trajectories/001.safetensors").unlink()
     progressive.main(options)
-    assert drawn == [4, 4, 4]  # the part that was gone, and not the other
+    assert calls == [4, 4, 4]  # the part that was gone, and not the other
     student = progressive.load_unet(tmp_path / "progressive.safetensors")
     assert sum(p.numel() for p in student.parameters()) > 4_000_000

@@ -115,10 +115,10 @@ def test_the_linear_fit_recovers_a_linear_map() -> None:
     bias = torch.randn(3, generator=generator, dtype=torch.float64)
     latents = torch.randn(6, 4, 5, 5, generator=generator, dtype=torch.float64)
     cells = torch.einsum("bchw,cr->brhw", latents, factors) + bias[:, None, None]
-    found = tiny.fit_linear(latents, cells.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    fit = tiny.fit_linear(latents, cells.repeat_interleave(4, 2).repeat_interleave(4, 3))
     # least squares of 150 well-conditioned rows: a few hundred roundings of 2^-53
-    torch.testing.assert_close(found.factors, factors, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.bias, bias, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fit.factors, factors, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fit.bias, bias, rtol=0, atol=1e-12)
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -32,6 +32,8 @@ from headstart_weights.recipe.diffusion import GRID, predict_x0
 from headstart_weights.recipe.readme import STAGES
 from headstart_weights.recipe.training import SEED_STRIDE, Average, Run
 
+PICTURES = 64  # every stage encodes all of them
+
 
 def pictures(work: Path) -> None:
     """What the `data` stage writes, of discs instead of artwork that npm would have to fetch."""
@@ -47,7 +49,8 @@ def pictures(work: Path) -> None:
     for name in ("sprites", "held_out"):
         artwork.save_sprites(sprites, work, name, artwork.ICON_SETS)
     for name, concepts in (("dataset", PAIR_CONCEPTS), ("wide", None)):
-        Dataset.build(sprites, concepts=concepts).save(work, name)
+        whole = Dataset.build(sprites, concepts=concepts)
+        Dataset(whole.images[:PICTURES], whole.items[:PICTURES]).save(work, name)
 
 
 def stage(name: str, work: Path, steps: int, *more: str) -> None:
@@ -163,12 +166,12 @@ def test_the_first_step_alone_is_taught_to_land(
     landing: distill.Distiller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And `fake` learns what is matched alone: in a step that lands it stays as it is."""
-    places: list[int] = []
+    numbers: list[int] = []
     start = landing.start
 
-    def noted(place: int, *args: torch.Tensor) -> torch.Tensor:
-        places.append(place)
-        return start(place, *args)
+    def noted(number: int, *args: torch.Tensor) -> torch.Tensor:
+        numbers.append(number)
+        return start(number, *args)
 
     monkeypatch.setattr(landing, "start", noted)
     seeds: dict[bool, int] = {}
@@ -176,7 +179,7 @@ def test_the_first_step_alone_is_taught_to_land(
         torch.manual_seed(seed)
         fake, student = (_values(n) for n in (landing.fake, landing.student))
         losses = landing.step(100, 0.0)
-        first = places[-1] == 0
+        first = numbers[-1] == 0
         assert ("landing" in losses, "matching" in losses) == (first, not first)
         assert _equal(fake, landing.fake) is first and not _equal(student, landing.student)
         seeds.setdefault(first, seed)
@@ -184,7 +187,7 @@ def test_the_first_step_alone_is_taught_to_land(
             break
     monkeypatch.setattr(landing, "variant", distill.STUDENT)  # which is matched there too
     torch.manual_seed(seeds[True])
-    assert "matching" in landing.step(0, 0.0) and places[-1] == 0
+    assert "matching" in landing.step(0, 0.0) and numbers[-1] == 0
     assert distill.RENOISE_DP.landing and not distill.RENOISE.landing
 
 
@@ -192,8 +195,8 @@ def test_later_steps_begin_where_no_gradient_leads_back(landing: distill.Distill
     """The student's weights want a gradient and its first step is followed: the state has none."""
     context = landing.text(["a fox"] * 16)
     x = torch.empty(0)
-    for place in range(len(GRID)):
-        x = landing.start(place, torch.arange(16), context)
+    for number in range(len(GRID)):
+        x = landing.start(number, torch.arange(16), context)
         assert torch.is_grad_enabled() and not x.requires_grad
     x0 = predict_x0(landing.student, x, torch.full((16,), GRID[-1]), context)
     assert x0.requires_grad

@@ -107,8 +107,8 @@ def test_many_prompts_are_flipped_at_random_to_the_same_answer() -> None:
 
 
 def test_under_no_difference_the_test_rejects_at_its_level() -> None:
-    found = [sign_flip(gaussian(8, 1, seed)[:, 0]) <= 0.05 for seed in range(400)]
-    assert 0.02 <= np.mean(found) <= 0.08
+    rejections = [sign_flip(gaussian(8, 1, seed)[:, 0]) <= 0.05 for seed in range(400)]
+    assert 0.02 <= np.mean(rejections) <= 0.08
 
 
 def test_one_prompt_has_an_interval_over_seeds_and_vendi_one_over_prompts() -> None:

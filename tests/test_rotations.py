@@ -31,8 +31,8 @@ def dense(
     path = write(
         folder / "adapter_model.safetensors", {f"{name}.{n}": t for n, t in tensors.items()}
     )
-    found = read_adapter(path).resolve({"unet": {"x": shape}}).require()
-    delta = found.deltas["unet", "x"]
+    resolution = read_adapter(path).resolve({"unet": {"x": shape}}).require()
+    delta = resolution.deltas["unet", "x"]
     assert isinstance(delta, Dense)
     return delta
 
@@ -206,11 +206,11 @@ def test_numbers_too_large_for_a_rotation_never_reach_a_weight(key: str, tmp_pat
     huge = torch.full((4, 4, 4) if key == "oft_blocks" else (3, 6), 3e38).triu()
     delta = dense({key: huge}, (16, 12), tmp_path)
     try:
-        found = merge(delta, randn(16, 12), 1.0)
+        weight_ = merge(delta, randn(16, 12), 1.0)
     except AdapterError as error:
         assert "numbers so large" in str(error)
     else:
-        assert bool(found.isfinite().all())
+        assert bool(weight_.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def table_of(rule: Update = Update.EULER, guidance: float = 1.0, steps: int = 5)
 
 
 def run_of(table: StepTable, **more: Any) -> hs.Run:
-    own = {"uncond": cond(-0.4), "shape": SHAPE} | more
-    return hs.Run(table, cond(0.3), hs.Philox([7, 8]), **own)
+    options = {"uncond": cond(-0.4), "shape": SHAPE} | more
+    return hs.Run(table, cond(0.3), hs.Philox([7, 8]), **options)
 
 
 def by_hand(run: hs.Run, answer: Callable[..., Tensor] | None = None) -> list[hs.State]:
@@ -58,8 +58,8 @@ def by_hand(run: hs.Run, answer: Callable[..., Tensor] | None = None) -> list[hs
 
 
 def sampled(table: StepTable, **more: Any) -> list[hs.State]:
-    own = {"uncond": cond(-0.4), "shape": SHAPE} | more
-    return list(hs.sample(table, NETWORKS, cond(0.3), hs.Philox([7, 8]), **own))
+    options = {"uncond": cond(-0.4), "shape": SHAPE} | more
+    return list(hs.sample(table, NETWORKS, cond(0.3), hs.Philox([7, 8]), **options))
 
 
 def same(one: list[hs.State], other: list[hs.State]) -> bool:
@@ -132,11 +132,11 @@ def test_a_wrong_answer_leaves_the_run_where_it_was() -> None:
 
 def test_each_model_is_fed_its_own_dtype() -> None:
     run = run_of(table_of(), dtypes={"distilled": torch.float16})
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
     while (call := run.call) is not None:
-        seen.append(call.x_in.dtype)
+        dtypes.append(call.x_in.dtype)
         run.advance(NETWORKS[call.model](call.x_in, call.timestep, call.cond))
-    assert seen == [torch.float32] * 2 + [torch.float16] * 3
+    assert dtypes == [torch.float32] * 2 + [torch.float16] * 3
 
 
 def test_a_network_may_live_in_another_thread() -> None:
@@ -172,15 +172,15 @@ def test_runs_of_an_event_loop_share_one_call() -> None:
         nonlocal calls
         while True:
             await asyncio.sleep(0)
-            taken, waiting[:] = waiting[:8], waiting[8:]
-            if not taken:
+            batch, waiting[:] = waiting[:8], waiting[8:]
+            if not batch:
                 continue
             calls += 1
-            x_in = torch.cat([call.x_in for call, _ in taken])
-            times = torch.cat([call.timestep for call, _ in taken])
-            conds = Conditioning.cat([call.cond for call, _ in taken])
-            f = NETWORKS[taken[0][0].model](x_in, times, conds)
-            for part, (_, answer) in zip(f.split(1), taken, strict=True):
+            x_in = torch.cat([call.x_in for call, _ in batch])
+            times = torch.cat([call.timestep for call, _ in batch])
+            conds = Conditioning.cat([call.cond for call, _ in batch])
+            f = NETWORKS[batch[0][0].model](x_in, times, conds)
+            for part, (_, answer) in zip(f.split(1), batch, strict=True):
                 answer.set_result(part)
 
     async def request(seed: int, waiting: list[Any]) -> Tensor:
@@ -194,9 +194,9 @@ def test_runs_of_an_event_loop_share_one_call() -> None:
     async def all_of() -> list[Tensor]:
         waiting: list[Any] = []
         server = asyncio.create_task(serve(waiting))
-        found = await asyncio.gather(*(request(seed, waiting) for seed in range(8)))
+        results = await asyncio.gather(*(request(seed, waiting) for seed in range(8)))
         server.cancel()
-        return list(found)
+        return list(results)
 
     for seed, x in enumerate(asyncio.run(all_of())):
         alone = hs.Run(table, cond(0.3), hs.Philox([seed]), shape=SHAPE)
@@ -243,23 +243,23 @@ def test_a_denoiser_of_x0_is_sampled_as_the_network_that_it_wraps(
 
     def wrapped(model: str) -> hs.X0Denoiser:
         def denoise(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-            own = sigma.view(-1, 1, 1, 1)
+            level = sigma.view(-1, 1, 1, 1)
             timestep = torch.tensor([SD.timestep(float(s)) for s in sigma])
-            return x - own * NETWORKS[model](x / (1 + own**2).sqrt(), timestep, cond)
+            return x - level * NETWORKS[model](x / (1 + level**2).sqrt(), timestep, cond)
 
         return hs.X0Denoiser(denoise)
 
     both: Any = {model: wrapped(model) for model in NETWORKS}
-    own = {"uncond": cond(-0.4), "shape": SHAPE}
-    found = list(hs.sample(table, both, cond(0.3), hs.Philox([7, 8]), **own))  # type: ignore[arg-type]
-    for state, expected in zip(found, sampled(table), strict=True):
+    level = {"uncond": cond(-0.4), "shape": SHAPE}
+    states = list(hs.sample(table, both, cond(0.3), hs.Philox([7, 8]), **level))  # type: ignore[arg-type]
+    for state, expected in zip(states, sampled(table), strict=True):
         assert (state.x - expected.x).abs().max() <= 1e-4 * max(1.0, float(expected.x.abs().max()))
     run = run_of(table)
     while (call := run.call) is not None:
         x = torch.cat([run.state.x] * (len(call.x_in) // 2))
         sigma = torch.full((len(x),), call.sigma)
         run.advance(run.output_of(both[call.model].denoise(x, sigma, call.cond)))
-    assert torch.equal(run.state.x, found[-1].x)
+    assert torch.equal(run.state.x, states[-1].x)
     with pytest.raises(hs.InputError, match="needs x and sigma"):
         both["base"](x, sigma, cond(0.0))
 
@@ -307,17 +307,17 @@ def test_conditioning_carries_what_else_a_network_reads() -> None:
         Conditioning.cat((conds, Conditioning(torch.zeros(2, 3, 4), extra={"image": mask})))
     with pytest.raises(hs.InputError, match="expected 2 samples first"):
         Conditioning(torch.zeros(2, 3, 4), extra={"mask": mask[:1]})
-    seen: list[Any] = []
+    calls: list[Any] = []
 
     def reads(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        seen.append(cond.extra["mask"].tolist())
+        calls.append(cond.extra["mask"].tolist())
         return network(x_in, timestep, cond)
 
     table = Plan((Leg(model="base", steps=2, guidance=2.0),)).compile(SD)
     other = Conditioning(torch.zeros(1, 2, 3), extra={"mask": mask[1:]})
-    own = Conditioning(torch.ones(1, 2, 3), extra={"mask": mask[:1]})
-    list(hs.sample(table, {"base": reads}, own, hs.Philox([1]), uncond=other, shape=SHAPE))
-    assert seen == [[[True, True], [True, False]]] * 2
+    single = Conditioning(torch.ones(1, 2, 3), extra={"mask": mask[:1]})
+    list(hs.sample(table, {"base": reads}, single, hs.Philox([1]), uncond=other, shape=SHAPE))
+    assert calls == [[[True, True], [True, False]]] * 2
 
 
 def test_a_picture_that_steps_could_not_read_is_refused_and_any_layout_is_read() -> None:
@@ -325,7 +325,7 @@ def test_a_picture_that_steps_could_not_read_is_refused_and_any_layout_is_read()
     factors, bias = torch.randn(4, 3), torch.randn(3)
     turned = factors.t().contiguous().t()
 
-    def drawn(*picture: Any) -> Tensor:
+    def latents(*picture: Any) -> Tensor:
         run = run_of(table, picture=LinearMap(*picture))
         call = run.call
         assert call is not None
@@ -334,7 +334,7 @@ def test_a_picture_that_steps_could_not_read_is_refused_and_any_layout_is_read()
         assert rgb is not None
         return rgb
 
-    assert torch.equal(drawn(turned, bias), drawn(factors, bias))
+    assert torch.equal(latents(turned, bias), latents(factors, bias))
     wrong: tuple[tuple[Any, Any], ...] = (
         (factors.double(), bias),
         (factors[:1], bias),
@@ -345,7 +345,7 @@ def test_a_picture_that_steps_could_not_read_is_refused_and_any_layout_is_read()
     )
     for picture in wrong:
         with pytest.raises(hs.InputError, match=r"picture\.(factors|bias): expected a float32"):
-            drawn(*picture)
+            latents(*picture)
 
 
 def test_resume_and_uncond_of_another_kind_are_refused() -> None:

@@ -175,8 +175,8 @@ def test_runners_convert_what_they_are_given() -> None:
 def test_a_network_is_timed_on_the_stream_of_its_own_device(events: list[Event]) -> None:
     """Which need not be the current device: the second GPU of a pair on two."""
     with fake_tensors():
-        place = torch.device("cuda", 1)
-        x, t, cond = (part.to(place) for part in call())
+        device = torch.device("cuda", 1)
+        x, t, cond = (part.to(device) for part in call())
         runner = EagerRunner(lambda x_in, timestep, cond: x_in, dtype=torch.float32)
         for _ in range(2):
             runner(x, t, cond)

@@ -21,9 +21,9 @@ NONE = {"negative": None, "crop": None}
 
 
 def test_every_prompt_is_drawn_with_every_seed() -> None:
-    drawn = _combined(["a fox", "an owl"], (3, 7, 9), {**NONE, "negative": ["x", "y"]})
-    assert drawn[0] == ["a fox"] * 3 + ["an owl"] * 3 and drawn[1] == (3, 7, 9) * 2
-    assert drawn[2] == {**NONE, "negative": ["x"] * 3 + ["y"] * 3}
+    images = _combined(["a fox", "an owl"], (3, 7, 9), {**NONE, "negative": ["x", "y"]})
+    assert images[0] == ["a fox"] * 3 + ["an owl"] * 3 and images[1] == (3, 7, 9) * 2
+    assert images[2] == {**NONE, "negative": ["x"] * 3 + ["y"] * 3}
 
 
 @pytest.mark.parametrize(("prompts", "seeds"), [(["a fox"], (1, 2)), (["a fox", "an owl"], (1,))])
@@ -54,9 +54,9 @@ def test_pictures_go_out_with_what_they_are_of(
     out = tmp_path / "run"
     typed = ["sample", "a fox", "an owl", "--seeds", "3,7", "--plan", "distilled", "--json"]
     assert main([*typed, "--out", str(out), "--grid"]) == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out)["seeds"] == [3, 7, 3, 7]
-    assert "4 images; --pair draws 2" in shown.err
+    output = capsys.readouterr()
+    assert json.loads(output.out)["seeds"] == [3, 7, 3, 7]
+    assert "4 images; --pair draws 2" in output.err
     assert {path.name for path in out.iterdir()} == {
         *(f"00000{n}.png" for n in range(4)), "grid.png", "record.json"
     }  # fmt: skip
@@ -91,11 +91,11 @@ def test_no_metadata_leaves_a_picture_of_pixels_alone(
 def test_a_picture_names_files_and_the_record_beside_it_says_where_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = tmp_path / "ann" / "mine.safetensors"
-    own.parent.mkdir()
-    shutil.copy(headstart_weights.path("distilled"), own)
+    path = tmp_path / "ann" / "mine.safetensors"
+    path.parent.mkdir()
+    shutil.copy(headstart_weights.path("distilled"), path)
     out, base = tmp_path / "run", str(headstart_weights.path("base"))
-    typed = ["sample", "a fox", "--base", base, "--distilled", str(own), "--plan", "distilled"]
+    typed = ["sample", "a fox", "--base", base, "--distilled", str(path), "--plan", "distilled"]
     assert main([*typed, "--preset", "demo", "--out", str(out)]) == 0
     picture = out / "000000.png"
     assert b"mine.safetensors" in picture.read_bytes() and b"ann" not in picture.read_bytes()
@@ -104,7 +104,7 @@ def test_a_picture_names_files_and_the_record_beside_it_says_where_they_are(
     capsys.readouterr()
     assert main(["replay", str(picture)]) == 2
     assert "give --base PATH" in capsys.readouterr().err
-    assert main(["replay", str(picture), "--base", base, "--distilled", str(own)]) == 0
+    assert main(["replay", str(picture), "--base", base, "--distilled", str(path)]) == 0
 
 
 def test_pairs_of_unequal_numbers_name_the_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,8 +119,8 @@ def test_one_file_as_both_models_is_one_warning_of_a_run(
     link.symlink_to(base)
     typed = ["sample", "a fox", "--base", base, "--plan", "distilled", "--out", str(tmp_path / "a")]
     assert main([*typed, "--distilled", str(link)]) == 0
-    shown = capsys.readouterr().err
-    assert shown.count("headstart: warning: ") == shown.count("are one file") == 1
+    output = capsys.readouterr().err
+    assert output.count("headstart: warning: ") == output.count("are one file") == 1
     assert main([*typed, "--distilled", str(headstart_weights.path("distilled"))]) == 2
     assert "are one file" not in capsys.readouterr().err
 
@@ -164,8 +164,8 @@ def test_a_folder_replays_and_a_contact_sheet_says_what_does(
     assert main(["replay", str(out)]) == 0
     assert "equal: 1 image, to the bit" in capsys.readouterr().out
     assert main(["replay", str(out / "grid.png")]) == 2
-    shown = capsys.readouterr().err
-    assert "it shows all images of a run: replay one of them, or the record.json" in shown
+    output = capsys.readouterr().err
+    assert "it shows all images of a run: replay one of them, or the record.json" in output
     assert main(["replay", str(tmp_path)]) == 2
     assert "record.json': No such file" in capsys.readouterr().err
 
@@ -176,11 +176,11 @@ def test_c_kernels_that_are_not_used_are_said_once_a_process(
 ) -> None:
     monkeypatch.setattr("headstart_kernels.native.library.why_not", lambda: "there is no cc")
     engine: Any = SimpleNamespace(device=torch.device(device))
-    for switch, said in (("0", False), ("1", device == "cpu"), ("1", False)):
+    for switch, expected in (("0", False), ("1", device == "cpu"), ("1", False)):
         monkeypatch.setenv("HEADSTART_NATIVE", switch)
-        if switch == "1" and said:
+        if switch == "1" and expected:
             _say_without_c.cache_clear()
         _compile_c(engine)
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        assert ("steps take longer without the C kernels: there is no cc" in shown.err) == said
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert ("steps take longer without the C kernels: there is no cc" in output.err) == expected

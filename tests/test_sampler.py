@@ -138,18 +138,18 @@ def test_timesteps_are_int64_when_whole_and_float32_when_not() -> None:
     leg = Leg(model="m", timesteps=(999.0, 499.5))
     network = Toy()
     run(Plan((leg,)).compile(SCHEDULE), network)
-    seen = [timestep for _, timestep, _ in network.calls]
-    assert [t.dtype for t in seen] == [torch.int64, torch.float32]
-    assert [t.tolist() for t in seen] == [[999, 999], [499.5, 499.5]]
+    timesteps = [timestep for _, timestep, _ in network.calls]
+    assert [t.dtype for t in timesteps] == [torch.int64, torch.float32]
+    assert [t.tolist() for t in timesteps] == [[999, 999], [499.5, 499.5]]
 
 
 def test_each_row_has_a_timestep_of_its_own_for_one_pass_or_a_pair() -> None:
     """A network may write to it; and a compiled one copies what begins at an odd address."""
     guided = Leg(model="m", timesteps=(999.0,), guidance=3.0)
-    network, seen = Toy(), list[tuple[list[int], int]]()
+    network, calls = Toy(), list[tuple[list[int], int]]()
 
     def writes(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        seen.append((timestep.tolist(), timestep.data_ptr() % 32))
+        calls.append((timestep.tolist(), timestep.data_ptr() % 32))
         f = network(x_in, timestep, cond)
         timestep.zero_()
         return f
@@ -158,7 +158,7 @@ def test_each_row_has_a_timestep_of_its_own_for_one_pass_or_a_pair() -> None:
     table = plan.compile(SCHEDULE)
     noise, cond = Philox([1, 2, 3]), text(3)
     list(sample(table, {"m": writes}, cond, noise, uncond=cond, shape=SHAPE))
-    assert seen == [([999] * 6, 0), *(([t] * 3, 0) for t in (749, 499, 249))]
+    assert calls == [([999] * 6, 0), *(([t] * 3, 0) for t in (749, 499, 249))]
 
 
 def test_the_state_is_float32_whatever_the_network_computes_in() -> None:
@@ -190,15 +190,15 @@ def test_two_interleaved_runs_do_not_disturb_each_other() -> None:
 def test_a_cancelled_run_leaves_nothing_behind() -> None:
     network = Toy()
     states = sample(table_of("ancestral"), {"m": network}, text(), Philox([3, 8]), shape=SHAPE)
-    kept = next(states)
-    tensors = [weakref.ref(kept.x), weakref.ref(kept.x0)]
+    first = next(states)
+    tensors = [weakref.ref(first.x), weakref.ref(first.x0)]
     rng = torch.get_rng_state()
     del states
     assert len(network.calls) == 1
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert torch.equal(torch.get_rng_state(), rng)
-    assert same([kept], run(table_of("ancestral"))[:1])
-    del kept
+    assert same([first], run(table_of("ancestral"))[:1])
+    del first
     gc.collect()
     assert [ref() for ref in tensors] == [None, None]
 
@@ -213,23 +213,23 @@ def test_the_callers_grad_mode_is_its_own_between_rows() -> None:
 
 
 def test_states_are_not_written_to_later() -> None:
-    seen: list[tuple[State, State]] = []
+    pairs: list[tuple[State, State]] = []
     for state in sample(table_of("tcd"), {"m": Toy()}, text(), Philox([3, 8]), shape=SHAPE):
-        seen.append((state, State(state.step, state.x.clone(), state.x0.clone())))
-    assert same([now for now, _ in seen], [then for _, then in seen])
+        pairs.append((state, State(state.step, state.x.clone(), state.x0.clone())))
+    assert same([now for now, _ in pairs], [then for _, then in pairs])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_state_changed_in_place_is_the_state_that_the_next_row_sees(guidance: float) -> None:
     table, noise, words = table_of("ancestral", guidance=guidance), Philox([3, 8]), text(2, seed=1)
-    seen = {"uncond": words, "shape": SHAPE}
+    options = {"uncond": words, "shape": SHAPE}
     changed: list[State] = []
-    for state in sample(table, {"m": Toy()}, text(), noise, **seen):
+    for state in sample(table, {"m": Toy()}, text(), noise, **options):
         if state.step == 1:
             state.x[:, 0] *= 0.5
         changed.append(state)
     fresh = State(1, changed[1].x.clone(), changed[1].x0)
-    resumed = sample(table, {"m": Toy()}, text(), noise, **seen, resume=fresh)
+    resumed = sample(table, {"m": Toy()}, text(), noise, **options, resume=fresh)
     assert same(changed[2:], list(resumed))
     assert not same(changed[2:], run(table, uncond=words)[2:])
 
@@ -241,20 +241,20 @@ def test_what_a_network_sees_is_its_own_scaling_of_the_state_in_its_own_dtype() 
         dtype = torch.float32
 
         def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-            seen.append(x_in.clone())
+            results.append(x_in.clone())
             return super().__call__(x_in, timestep, cond)
 
-    seen, moody, table = list[Tensor](), Moody(), table_of("euler", guidance=2.0)
+    results, moody, table = list[Tensor](), Moody(), table_of("euler", guidance=2.0)
     rows = torch.tensor(table.coefficients())
 
     def turn(step: Step) -> None:
-        moody.dtype = torch.float16 if len(seen) == 2 else torch.float32
+        moody.dtype = torch.float16 if len(results) == 2 else torch.float32
 
     states = sample(
         *(table, {"m": moody}, text(), Philox([3, 8])),
         **{"shape": SHAPE, "uncond": text(2, seed=1), "before_row": turn},
     )
     before = [Philox([3, 8]).initial(SHAPE, CPU) * table.init_scale, *(s.x for s in states)]
-    assert [x_in.dtype for x_in in seen] == [torch.float32] * 2 + [torch.float16, torch.float32]
-    for row, x_in in enumerate(seen):
+    assert [x_in.dtype for x_in in results] == [torch.float32] * 2 + [torch.float16, torch.float32]
+    for row, x_in in enumerate(results):
         assert torch.equal(x_in, scale_input(before[row], rows, row, x_in.dtype, copies=2))

@@ -63,13 +63,13 @@ def test_noise_is_drawn_inside_the_step_also_where(
     table, rows = table_of("ancestral"), [source.step(row, SHAPE, CPU) for row in range(3)]
     inputs = Given(source.initial(SHAPE, CPU), rows)
     expected = list(sample(table, {"m": Toy()}, text(), inputs, shape=SHAPE))
-    drawn: list[int] = []
+    rows_drawn: list[int] = []
     monkeypatch.setattr(
         "headstart.noise.philox_normal",
-        lambda *a: drawn.append(a[2]) or philox_normal(*a),  # pyright: ignore
+        lambda *a: rows_drawn.append(a[2]) or philox_normal(*a),  # pyright: ignore
     )
     assert same(list(sample(table, {"m": Toy()}, text(), source, shape=SHAPE)), expected)
-    assert drawn == ([] if isinstance(source, Start) else [INITIAL])
+    assert rows_drawn == ([] if isinstance(source, Start) else [INITIAL])
 
 
 def test_a_run_under_inference_mode_is_the_same_run() -> None:
@@ -90,8 +90,8 @@ def test_a_run_may_start_from_a_latent() -> None:
 def test_given_noise_tells_the_latents_size() -> None:
     noise, table = Philox([3, 8]), table_of("ancestral")
     rows = [noise.step(row, SHAPE, CPU) for row in range(3)]
-    drawn = Given(noise.initial(SHAPE, CPU), [*rows, None])
-    assert same(list(sample(table, {"m": Toy()}, text(), drawn)), run(table))
+    source = Given(noise.initial(SHAPE, CPU), [*rows, None])
+    assert same(list(sample(table, {"m": Toy()}, text(), source)), run(table))
 
 
 def test_one_conditioning_serves_the_whole_batch() -> None:

@@ -28,8 +28,8 @@ from headstart.networks.load import load_unet, widened_bytes
 
 def matrices() -> Tensors:
     generator = torch.Generator().manual_seed(5)
-    made = {f"a.{i}.weight": torch.randn(6, 4 + i, generator=generator) for i in range(3)}
-    return made | {"a.0.bias": torch.ones(6), "b.norm.weight": torch.ones(4).half()}
+    tensors = {f"a.{i}.weight": torch.randn(6, 4 + i, generator=generator) for i in range(3)}
+    return tensors | {"a.0.bias": torch.ones(6), "b.norm.weight": torch.ones(4).half()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -39,17 +39,23 @@ def test_a_weight_is_its_stored_number_times_its_scale_to_the_bit(
     path = tmp_path / "x.safetensors"
     tensors, metadata = written(scheme, matrices())
     save_file(tensors, path, metadata)
-    held, expected = Checkpoint([path]), real(tensors)
-    assert set(held.names) == set(expected) == set(matrices())
-    assert held.scales.scheme is not None and "with a scale for each weight" in held.scales.scheme
+    checkpoint, expected = Checkpoint([path]), real(tensors)
+    assert set(checkpoint.names) == set(expected) == set(matrices())
+    assert (
+        checkpoint.scales.scheme is not None
+        and "with a scale for each weight" in checkpoint.scales.scheme
+    )
     for name, numbers in expected.items():
-        assert torch.equal(held.tensor(name), numbers), name
-        assert np.array_equal(held.numbers(name), numbers.double().numpy()), name
+        assert torch.equal(checkpoint.tensor(name), numbers), name
+        assert np.array_equal(checkpoint.numbers(name), numbers.double().numpy()), name
         flat = numbers.float().flatten().numpy()
         for begin, end in ((0, 3), (3, len(flat)), (5, 6)):
-            assert np.array_equal(held.values(name, begin, end), flat[begin:end]), (name, begin)
+            assert np.array_equal(checkpoint.values(name, begin, end), flat[begin:end]), (
+                name,
+                begin,
+            )
     for name, weight in matrices().items():  # and they are the weights, but for eight bits
-        assert (held.tensor(name) - weight).abs().max() < 0.08 * weight.abs().max()
+        assert (checkpoint.tensor(name) - weight).abs().max() < 0.08 * weight.abs().max()
 
 
 @pytest.mark.parametrize("kind", FLOAT8)
@@ -57,11 +63,11 @@ def test_float8_without_scales_is_taken_at_face_value(tmp_path: Path, kind: torc
     path = tmp_path / "x.safetensors"
     codes = torch.arange(256, dtype=torch.uint8).view(kind)
     save_file({"a.bias": codes}, path)
-    held = Checkpoint([path])
-    assert held.scales.scheme is None
-    found, exact = held.tensor("a.bias"), codes.double()
-    assert found.dtype == torch.float16 and torch.equal(found.isnan(), exact.isnan())
-    assert torch.equal(found.double().nan_to_num(), exact.nan_to_num())
+    checkpoint = Checkpoint([path])
+    assert checkpoint.scales.scheme is None
+    values, exact = checkpoint.tensor("a.bias"), codes.double()
+    assert values.dtype == torch.float16 and torch.equal(values.isnan(), exact.isnan())
+    assert torch.equal(values.double().nan_to_num(), exact.nan_to_num())
 
 
 def damage() -> dict[str, tuple[Callable[[Tensors], object], str]]:
@@ -214,10 +220,10 @@ def test_loader_and_convert_have_the_same_numbers(tmp_path: Path, plain: Path, s
     assert "with a scale for each weight" in info.scheme
     done = convert(path, out)
     assert done.multiplied == info.scheme and done.left_out == () and done.dtype == "F32"
-    found = load_file(out)
-    assert found.keys() == expected.keys()
+    result = load_file(out)
+    assert result.keys() == expected.keys()
     for name, numbers in expected.items():
-        assert found[name].dtype == numbers.dtype and torch.equal(found[name], numbers), name
+        assert result[name].dtype == numbers.dtype and torch.equal(result[name], numbers), name
     with safe_open(out, "pt") as file:
         assert set(file.metadata()) == {"format", *METADATA}
     assert inspect_checkpoint(out).scheme is None
@@ -244,20 +250,20 @@ def test_stored_keeps_float8_to_the_bit_and_rounds_products_to_half_precision(
     path, tensors = tmp_path / "x.safetensors", load_file(plain)
     narrow = {n: t.to(FLOAT8[0]) if n.startswith(UNET) else t for n, t in tensors.items()}
     save_file(narrow, path, METADATA)
-    kept, wide = load_unet(path, dtype="stored"), load_unet(path)
+    stored, wide = load_unet(path, dtype="stored"), load_unet(path)
     assert inspect_checkpoint(path).scheme == "float8 without scales"
     there = load_unet(path, device="meta")  # stands for any accelerator
     assert {tensor.dtype for tensor in there.parameters()} == {torch.float16}
-    for (name, one), other in zip(kept.named_parameters(), wide.parameters(), strict=True):
+    for (name, one), other in zip(stored.named_parameters(), wide.parameters(), strict=True):
         assert one.dtype == (torch.float16 if one.ndim > 1 else torch.float32), name
         assert torch.equal(one.float(), other), name
     scaled, _ = written("comfy", tensors, UNET)
     one = UNET + "time_embed.0.scale_weight"
     scaled[one] = scaled[one] * 1e9  # beyond float16
     save_file(scaled, path, METADATA)
-    kept, wide = load_unet(path, dtype="stored"), load_unet(path)
+    stored, wide = load_unet(path, dtype="stored"), load_unet(path)
     odd = "time_embedding.linear_1.weight"
-    for (name, one), other in zip(kept.named_parameters(), wide.parameters(), strict=True):
+    for (name, one), other in zip(stored.named_parameters(), wide.parameters(), strict=True):
         if one.ndim == 2:
             assert one.dtype == (torch.bfloat16 if name == odd else torch.float16), name
             assert torch.equal(one, other.to(one.dtype)), name
@@ -301,8 +307,8 @@ def test_an_sdxl_file_as_comfyui_and_diffusers_scale_it_converts_and_is_usable(
         assert load_file(out).keys() == tensors.keys()
         for file in (path, out):
             assert main(["inspect", str(file)]) == 0
-            shown = capsys.readouterr().out
-            assert ("float8 with a scale for each weight" in shown) == (file == path)
+            output = capsys.readouterr().out
+            assert ("float8 with a scale for each weight" in output) == (file == path)
             unet = load_unet(file)
             for name, weight in load_unet(plain).state_dict().items():
                 near = (unet.state_dict()[name] - weight).abs().max()

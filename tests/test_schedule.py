@@ -38,10 +38,10 @@ def test_levels_of_stable_diffusion_are_the_published_ones() -> None:
 
 
 def test_amplification_is_the_papers() -> None:
-    found = [SD.amplification(t) for t in (999, 759, 749, 499, 259, 249)]
-    assert found == pytest.approx([213.6, 18.2, 16.7, 2.60, 0.518, 0.481], rel=4e-3)
-    kept = SD.alphas_cumprod[759]
-    assert SD.amplification(759) == pytest.approx((1 - kept) / kept, rel=1e-14)
+    factors = [SD.amplification(t) for t in (999, 759, 749, 499, 259, 249)]
+    assert factors == pytest.approx([213.6, 18.2, 16.7, 2.60, 0.518, 0.481], rel=4e-3)
+    alpha = SD.alphas_cumprod[759]
+    assert SD.amplification(759) == pytest.approx((1 - alpha) / alpha, rel=1e-14)
 
 
 def test_alphas_are_the_exact_products_of_the_betas() -> None:
@@ -73,17 +73,17 @@ def test_every_level_is_finite_and_rises_with_the_timestep(schedule: NoiseSchedu
 def test_zero_terminal_snr_follows_its_algorithm_and_ends_at_the_stated_floor() -> None:
     root = np.sqrt(SD.alphas_cumprod)
     expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    found = SD.zero_terminal_snr()
-    np.testing.assert_allclose(found.alphas_cumprod[:-1], expected[:-1], rtol=1e-12)
+    schedule = SD.zero_terminal_snr()
+    np.testing.assert_allclose(schedule.alphas_cumprod[:-1], expected[:-1], rtol=1e-12)
     assert expected[-1] == 0.0
-    assert found.alphas_cumprod[-1] == ZERO_SNR_ALPHA
-    assert found.sigma(999) == pytest.approx(4096.0, rel=1e-6)
-    assert found.sigma(0) == pytest.approx(SD.sigma(0), rel=1e-12)
+    assert schedule.alphas_cumprod[-1] == ZERO_SNR_ALPHA
+    assert schedule.sigma(999) == pytest.approx(4096.0, rel=1e-6)
+    assert schedule.sigma(0) == pytest.approx(SD.sigma(0), rel=1e-12)
 
 
 def test_a_checkpoints_terminal_zero_becomes_the_same_floor() -> None:
-    found = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0])
-    assert found.alphas_cumprod[-1] == ZERO_SNR_ALPHA
+    schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0])
+    assert schedule.alphas_cumprod[-1] == ZERO_SNR_ALPHA
     deep = NoiseSchedule.from_alphas_cumprod([0.9, 1e-9, 0.0])
     assert 0 < deep.alphas_cumprod[-1] < 1e-9
 
@@ -99,11 +99,11 @@ def test_matching_multiplies_every_level(ratio: float) -> None:
 
 def test_float32_alphas_of_a_checkpoint_keep_their_levels() -> None:
     stored = SD.alphas_cumprod.astype(np.float32)
-    found = NoiseSchedule.from_alphas_cumprod(stored)
-    assert found.alphas_cumprod.dtype == np.float64
+    schedule = NoiseSchedule.from_alphas_cumprod(stored)
+    assert schedule.alphas_cumprod.dtype == np.float64
     # relative error of (1 - a)/a: 6e-8 / (1 - a), and 1 - a is 8.5e-4 at t = 0
-    np.testing.assert_allclose(found.sigmas, SD.sigmas, rtol=1e-4)
-    assert found != SD
+    np.testing.assert_allclose(schedule.sigmas, SD.sigmas, rtol=1e-4)
+    assert schedule != SD
 
 
 PUBLISHED_GRIDS = [
@@ -124,19 +124,19 @@ def test_four_steps_lie_where_the_originals_put_them(spacing: Spacing, expected:
 @patient
 def test_a_grid_falls_stays_inside_and_has_the_asked_length(spacing: Spacing, steps: int) -> None:
     try:
-        found, levels = SD.points(steps, spacing)
+        points, levels = SD.points(steps, spacing)
     except PlanError:
         most = {Spacing.LCM: 50, Spacing.LEADING: 500, Spacing.BETA: 138}
         assert steps > most.get(spacing, 1000)
         return
-    assert len(found) == len(levels) == steps
-    assert np.all(np.diff(found) < 0)
+    assert len(points) == len(levels) == steps
+    assert np.all(np.diff(points) < 0)
     assert np.all(np.diff(levels) < 0)
-    assert found[0] <= 999
-    assert found[-1] >= 0
+    assert points[0] <= 999
+    assert points[-1] >= 0
     fractional = {Spacing.FRACTIONAL, Spacing.KARRAS, Spacing.EXPONENTIAL}
     fractional |= {Spacing.AYS_SD15, Spacing.AYS_SDXL}
-    assert spacing in fractional or np.all(found == np.round(found))
+    assert spacing in fractional or np.all(points == np.round(points))
 
 
 def test_seven_linspace_steps_are_rounded_only_where_the_name_says_so() -> None:
@@ -148,8 +148,8 @@ def test_seven_linspace_steps_are_rounded_only_where_the_name_says_so() -> None:
 
 def test_offset_moves_a_leading_grid_and_original_steps_an_lcm_grid() -> None:
     assert SD.timesteps(4, Spacing.LEADING, offset=0).tolist() == [750, 500, 250, 0]
-    found = SD.timesteps(4, Spacing.LCM, original_steps=100).tolist()
-    assert found == [999, 749, 499, 249]
+    timesteps = SD.timesteps(4, Spacing.LCM, original_steps=100).tolist()
+    assert timesteps == [999, 749, 499, 249]
 
 
 def test_a_grid_scales_with_the_schedules_length() -> None:
@@ -214,9 +214,9 @@ def test_the_fingerprint_of_stable_diffusions_schedule_is_pinned() -> None:
 
 
 def test_neither_the_caller_nor_the_reader_can_change_a_schedule() -> None:
-    given_array = SD.alphas_cumprod.copy()
-    schedule = NoiseSchedule.from_alphas_cumprod(given_array)
-    given_array[0] = 0.5
+    alphas = SD.alphas_cumprod.copy()
+    schedule = NoiseSchedule.from_alphas_cumprod(alphas)
+    alphas[0] = 0.5
     assert schedule == SD
     with pytest.raises(ValueError, match="read-only"):
         schedule.alphas_cumprod[0] = 0.5

@@ -60,14 +60,14 @@ class Watched(hs.Batch):
         self.here, self.free, self.held_from = threading.Event(), threading.Event(), 10**9
 
     def network(self, engine: hs.Engine, model: str) -> Any:
-        def asked(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        def recorded(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
             assert self.here.wait(SECONDS)  # the first call waits until all requests are there
             self.calls.append((model, len(x_in)))
             if len(self.calls) > self.held_from:
                 assert self.free.wait(SECONDS)
             return engine.denoisers[model](x_in, timestep, cond) / (1.0 - self.spoil)
 
-        return asked
+        return recorded
 
     def add(self, run: hs.Run) -> None:
         super().add(run)
@@ -255,6 +255,6 @@ def test_a_request_has_its_own_strength_of_an_attached_adapter(tmp_path: Path) -
     bodies = [{"prompts": "a fox", "seeds": 1, "adapters": {"ink": value}} for value in (0, 2.5)]
     with serving(engine) as port, ThreadPoolExecutor(2) as clients:
         none, strong = (pictures(rows) for rows in clients.map(lambda b: answered(port, b), bodies))
-    for body, found in zip(bodies, (none, strong), strict=True):
-        assert levels_apart(found, engine.sample(**body).rgb) <= 1
+    for body, latents in zip(bodies, (none, strong), strict=True):
+        assert levels_apart(latents, engine.sample(**body).rgb) <= 1
     assert levels_apart(none, strong) > 8

@@ -27,23 +27,23 @@ def places(image: np.ndarray, picture: np.ndarray) -> int:
     """How often `picture` lies in `image`, pixel for pixel."""
     height, width = picture.shape[:2]
     corner = (image == picture[0, 0]).all(-1)
-    found = 0
+    matches = 0
     for y, x in zip(*np.nonzero(corner), strict=True):
-        found += np.array_equal(image[y : y + height, x : x + width], picture)
-    return found
+        matches += np.array_equal(image[y : y + height, x : x + width], picture)
+    return matches
 
 
 @pytest.mark.parametrize("count", [1, 8, 11])
 def test_every_image_is_drawn_once_in_whole_pixels(count: int) -> None:
     first, second = pictures(count), pictures(count, seed=1)
-    drawn = sheet([Row(name="base", images=first), Row(name="hybrid", images=second)], count)
+    image = sheet([Row(name="base", images=first), Row(name="hybrid", images=second)], count)
     for picture in (*first, *second):
-        assert places(drawn, picture.repeat(2, axis=0).repeat(2, axis=1)) == 1
+        assert places(image, picture.repeat(2, axis=0).repeat(2, axis=1)) == 1
 
 
 def test_large_images_are_reduced_and_the_sheet_stays_small() -> None:
-    drawn = sheet([Row(name="base", images=pictures(8, 1024))], 8)
-    assert drawn.shape[1] < 2200
+    image = sheet([Row(name="base", images=pictures(8, 1024))], 8)
+    assert image.shape[1] < 2200
 
 
 def test_a_longer_bar_has_more_ink_and_an_accent_has_its_colour() -> None:
@@ -60,8 +60,8 @@ def test_a_longer_bar_has_more_ink_and_an_accent_has_its_colour() -> None:
 
 def test_labels_of_any_length_and_script_are_drawn_inside_the_sheet() -> None:
     rows = [Row(name="base", images=pictures(2), notes=("60 passes", "é 日本 🦊"))]
-    drawn = sheet(rows, 2, title="fox " * 1000 + "\n日本", footer="words " * 300)
-    margin = drawn[:, -40:]
+    image = sheet(rows, 2, title="fox " * 1000 + "\n日本", footer="words " * 300)
+    margin = image[:, -40:]
     assert (margin == margin[0, 0]).all()
 
 

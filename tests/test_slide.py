@@ -45,10 +45,10 @@ def test_a_slide_is_the_runs_it_stands_for_in_one_batch(engine: hs.Engine, lora:
     network: Any = engine.denoisers["distilled"]
     spy = network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     table = engine.compile("distilled")
-    found = slide(engine, "a fox", "odd", (-1.0, 0.0, 2.0), (4, 5), {"distilled": table})
+    result = slide(engine, "a fox", "odd", (-1.0, 0.0, 2.0), (4, 5), {"distilled": table})
     spy.remove()
     assert calls == [6] * len(table)
-    images = found.plans[0].images
+    images = result.plans[0].images
     assert images.shape == (3, 2, 64, 64, 3)
     for at, strength in enumerate((-1.0, 0.0, 2.0)):
         alone = engine.sample("a fox", seeds=(4, 5), plan=table, adapters={"odd": strength})

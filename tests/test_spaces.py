@@ -358,9 +358,9 @@ def test_any_tensor_of_another_kind_is_one_error_that_names_the_file(
         whole = load_file(path)
         read = [name for name in whole if not name.endswith(("position_ids", "vision_proj.weight"))]
         for name in read[:: max(1, len(read) // 9)]:
-            found = CHANGES[change](whole[name])
-            kept = {key: tensor for key, tensor in whole.items() if key != name}
-            save_file(kept if found is None else {**kept, name: found.contiguous()}, path)
+            value = CHANGES[change](whole[name])
+            rest = {key: tensor for key, tensor in whole.items() if key != name}
+            save_file(rest if value is None else {**rest, name: value.contiguous()}, path)
             with pytest.raises(HeadstartError) as refused:
                 read_published(home)
             assert str(home) in str(refused.value) and len(str(refused.value)) < 1000

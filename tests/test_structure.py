@@ -34,40 +34,40 @@ def measured(colours: list[list[tuple[int, int, int]]], space: Space = SPACE) ->
 
 def test_share_is_the_part_of_the_way_that_is_covered() -> None:
     """Cosines to (1,0,0): 0.8 at the first step, 1 at the last; the blank's is 0."""
-    found = measured([[(200, 150, 0)], [(255, 0, 0)]])
-    assert found.distance[:, 0] == pytest.approx([0.2, 0.0])
-    assert found.share[:, 0] == pytest.approx([1 - math.sqrt(0.2), 1.0])
+    measures = measured([[(200, 150, 0)], [(255, 0, 0)]])
+    assert measures.distance[:, 0] == pytest.approx([0.2, 0.0])
+    assert measures.share[:, 0] == pytest.approx([1 - math.sqrt(0.2), 1.0])
 
 
 def test_what_is_farther_than_the_blank_has_a_negative_share() -> None:
     space = Space(Extractor("corner", first_pixel), "squares", lambda a, b: ((a - b) ** 2).sum(-1))
-    found = measured([[(0, 0, 255)], [(0, 0, 200)], [(0, 0, 0)]], space)
-    assert found.share[0, 0] == 0.0
+    measures = measured([[(0, 0, 255)], [(0, 0, 200)], [(0, 0, 0)]], space)
+    assert measures.share[0, 0] == 0.0
     assert measured([[(255, 255, 255)], [(0, 0, 0)]], space).share[0, 0] < 0.0
 
 
 def test_amplification_is_the_papers_factor() -> None:
     """213.6 for SDXL's schedule at timestep 999, 16.7 at 749 (arXiv:2503.10637, appendix A)."""
-    found = measured([[(200, 150, 0)], [(255, 0, 0)]])
-    assert [f.amplification for f in found.figures] == pytest.approx([213.6, 16.66], rel=1e-3)
+    measures = measured([[(200, 150, 0)], [(255, 0, 0)]])
+    assert [f.amplification for f in measures.figures] == pytest.approx([213.6, 16.66], rel=1e-3)
 
 
 def test_spread_is_the_diversity_that_metrics_reports() -> None:
     colours = [(255, 0, 0), (0, 255, 0), (200, 150, 20), (9, 80, 100)]
-    found = measured([colours, colours])
+    measures = measured([colours, colours])
     features = np.array(colours, np.float64)
-    spread = found.figures[0].spread
+    spread = measures.figures[0].spread
     assert spread.value == pytest.approx(diversity(features))
     same = bootstrap_seeds(features)
     assert (spread.low, spread.high) == pytest.approx((same.low, same.high))
 
 
 def test_one_seed_has_no_interval_and_no_spread() -> None:
-    found = measured([[(200, 150, 0)], [(255, 0, 0)]]).figures[0]
-    assert found.share.value > 0 and math.isnan(found.share.low)
-    assert math.isnan(found.spread.value)
-    assert found.to_json()["spread"] == [None, None, None]
-    assert found.to_json()["share"][1] is None
+    measures = measured([[(200, 150, 0)], [(255, 0, 0)]]).figures[0]
+    assert measures.share.value > 0 and math.isnan(measures.share.low)
+    assert math.isnan(measures.spread.value)
+    assert measures.to_json()["spread"] == [None, None, None]
+    assert measures.to_json()["share"][1] is None
 
 
 def test_intervals_hold_the_mean_and_shrink_with_agreement() -> None:
@@ -83,9 +83,9 @@ def test_a_missing_picture_leaves_only_its_own_numbers_out() -> None:
     good = np.array([[True, False, True], [True, True, True]])
     table = preset("turbo").compile(NoiseSchedule.scaled_linear())
     blank = np.full((2, 2, 3), (0, 0, 255), np.uint8)
-    found = measure([(0, table[0]), (3, table[3])], frames, good, blank, SPACE)
-    assert np.isnan(found.share[0]).tolist() == [False, True, False]
-    assert found.figures[0].distance.value == pytest.approx(0.2)
+    measures = measure([(0, table[0]), (3, table[3])], frames, good, blank, SPACE)
+    assert np.isnan(measures.share[0]).tolist() == [False, True, False]
+    assert measures.figures[0].distance.value == pytest.approx(0.2)
 
 
 def test_pixels_are_compared_on_a_grid_that_a_small_picture_still_has() -> None:
@@ -97,10 +97,10 @@ def test_pixels_are_compared_on_a_grid_that_a_small_picture_still_has() -> None:
 
 
 def test_a_result_that_is_the_blank_has_distances_and_no_shares() -> None:
-    found = measured([[(200, 150, 0)], [(0, 0, 255)]])
-    assert found.distance[:, 0].tolist() == pytest.approx([1.0, 0.0])
-    assert np.isnan(found.share).all()
-    assert found.figures[0].to_json()["share"] == [None, None, None]
+    measures = measured([[(200, 150, 0)], [(0, 0, 255)]])
+    assert measures.distance[:, 0].tolist() == pytest.approx([1.0, 0.0])
+    assert np.isnan(measures.share).all()
+    assert measures.figures[0].to_json()["share"] == [None, None, None]
 
 
 def test_features_that_are_not_finite_are_refused() -> None:

@@ -28,7 +28,7 @@ def test_a_hand_off_case_meets_at_its_level_and_runs_the_students_own_steps_belo
 ) -> None:
     pair = PAIRS[name]
     schedule = pair.schedules["distilled"]
-    own = pair.distilled(pair.steps[0]).grid(schedule)
+    grid = pair.distilled(pair.steps[0]).grid(schedule)
     levels = [case for case in made(name).values() if case.part == "handoff"]
     assert levels
     for case in levels:
@@ -41,15 +41,15 @@ def test_a_hand_off_case_meets_at_its_level_and_runs_the_students_own_steps_belo
         if isinstance(schedule, NoiseSchedule):
             assert second.timestep == round(second.timestep)
         rest = [step.sigma for step in table.steps[2:]]
-        assert rest == pytest.approx([s for s in own.sigmas if s < case.at * (1 - 1e-9)], rel=1e-6)
+        assert rest == pytest.approx([s for s in grid.sigmas if s < case.at * (1 - 1e-9)], rel=1e-6)
 
 
 def test_a_level_close_to_a_trained_one_is_that_one() -> None:
-    own = PAIRS["lightning"].distilled(4).grid(PAIRS["lightning"].schedule).sigmas[1]
-    for level, exact in ((own * 1.01, True), (own * (1 + 3 * NEAR), False)):
+    sigma = PAIRS["lightning"].distilled(4).grid(PAIRS["lightning"].schedule).sigmas[1]
+    for level, exact in ((sigma * 1.01, True), (sigma * (1 + 3 * NEAR), False)):
         (case, _) = [c for c in made("lightning", {"handoff": [level]}).values()
                      if c.part == "handoff"]  # fmt: skip
-        assert (case.at == own) is exact
+        assert (case.at == sigma) is exact
 
 
 def test_a_level_outside_the_students_range_is_refused() -> None:
@@ -65,21 +65,21 @@ def test_a_value_that_is_there_twice_is_refused() -> None:
 
 def test_parts_choose_what_is_varied_and_the_plans_are_always_there() -> None:
     for part in PARTS:
-        found = made("demo", parts=(part,))
-        assert {case.part for case in found.values()} == {"plans", part}
+        cases = made("demo", parts=(part,))
+        assert {case.part for case in cases.values()} == {"plans", part}
     assert {"base", "distilled", "hybrid", "skip-first"} <= set(made("demo", parts=()))
 
 
 def test_a_method_acts_on_the_distilled_model_unless_a_plan_is_named() -> None:
-    found = made("demo", {"methods": ["cads:0.1", "hybrid+select:2"]}, parts=("methods",))
-    alone, on_hybrid = found["cads:0.1"], found["hybrid+select:2"]
+    cases = made("demo", {"methods": ["cads:0.1", "hybrid+select:2"]}, parts=("methods",))
+    alone, on_hybrid = cases["cads:0.1"], cases["hybrid+select:2"]
     assert (alone.plan, alone.diversify, alone.method) == ("distilled", ("cads:0.1",), "cads")
     assert (on_hybrid.plan, on_hybrid.diversify) == ("hybrid", ("select:2",))
 
 
 def test_several_methods_are_one_case_and_a_plan_without_any_is_refused() -> None:
-    found = made("demo", {"methods": ["hybrid+select:2+cads:0.1", "pink:1+cads:0.1"]})
-    both, alone = found["hybrid+select:2+cads:0.1"], found["pink:1+cads:0.1"]
+    cases = made("demo", {"methods": ["hybrid+select:2+cads:0.1", "pink:1+cads:0.1"]})
+    both, alone = cases["hybrid+select:2+cads:0.1"], cases["pink:1+cads:0.1"]
     assert (both.plan, both.diversify) == ("hybrid", ("select:2", "cads:0.1"))
     assert (alone.plan, alone.diversify) == ("distilled", ("pink:1", "cads:0.1"))
     for text in ("hybrid+", "cads", ""):

@@ -48,8 +48,8 @@ def test_a_study_writes_its_report_and_the_pictures_that_it_keeps(small: Path) -
     assert {"report.html", "table.pdf", "prompts.csv", "figures"} <= {
         path.name for path in small.iterdir()
     }
-    kept = sorted(path.name for path in (small / "pictures/hybrid").iterdir())
-    assert kept == ["000-3.png", "000-5.png", "001-3.png", "001-5.png"]
+    names = sorted(path.name for path in (small / "pictures/hybrid").iterdir())
+    assert names == ["000-3.png", "000-5.png", "001-3.png", "001-5.png"]
 
 
 def test_a_row_is_what_the_engine_draws_with_these_seeds(small: Path) -> None:
@@ -58,11 +58,13 @@ def test_a_row_is_what_the_engine_draws_with_these_seeds(small: Path) -> None:
     engine, judge = hs.Engine.demo(device="cpu"), open_features("scorer")
     row = json.loads((small / "report.json").read_text())["rows"]["hybrid"]
     space = judge.spaces[0]
-    own = [
+    values = [
         diversity(space.features(engine.sample(p, plan="hybrid", seeds=[3, 5, 9]).rgb.numpy()))
         for p in PROMPTS
     ]
-    assert row["spaces"][space.name]["diversity"]["value"] == pytest.approx(np.mean(own), abs=1e-5)
+    assert row["spaces"][space.name]["diversity"]["value"] == pytest.approx(
+        np.mean(values), abs=1e-5
+    )
     assert (row["passes"], row["networks"], row["images"]) == (4.0, 2, 6)
 
 
@@ -82,8 +84,8 @@ def test_the_same_command_draws_nothing_again_and_more_cases_only_themselves(
     assert json.loads(capsys.readouterr().out)["made"] == 0
     more = ("--parts", "plans,k,methods", "--k", "2", "--diversify", "pink:1")
     assert study(small, prompts, *SMALL[:2], *SMALL[4:], *more, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["made"] == 4 and {"k-2", "pink:1"} <= set(found["rows"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["made"] == 4 and {"k-2", "pink:1"} <= set(report["rows"])
     after = stamps(small)
     assert before.items() <= after.items() and len(after) == len(before) + 4
 
@@ -97,8 +99,8 @@ def test_ranks_of_torchrun_share_the_work_and_the_last_reports(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert study(out, prompts, *SMALL, "--json") == 0
-        found = json.loads(capsys.readouterr().out)
-        assert (found["missing"] > 0) is (rank == "0")
+        report = json.loads(capsys.readouterr().out)
+        assert (report["missing"] > 0) is (rank == "0")
         assert (out / "report.json").exists() is (rank == "1")
     one, two = (json.loads((folder / "report.json").read_text()) for folder in (small, out))
     for name in ("base", "hybrid"):
@@ -183,12 +185,12 @@ def test_a_control_leaves_the_pictures_of_the_plans_as_they_are(
     out = tmp_path / "plain"
     assert study(out, prompts, "--seeds", "3,5", "--parts", "plans") == 0
     for name in ("base", "hybrid"):
-        own, other = (
+        cell, other = (
             np.load(folder / f"cells/plans/{name}/001.npz") for folder in (experiments, out)
         )
-        for key in own.files:
+        for key in cell.files:
             if key not in ("seconds", "identity"):
-                np.testing.assert_array_equal(own[key], other[key])
+                np.testing.assert_array_equal(cell[key], other[key])
 
 
 @pytest.mark.parametrize(
@@ -219,8 +221,8 @@ def test_other_reference_pictures_are_measured_again_and_told(
         report = json.loads((out / "report.json").read_text())
         assert report["reference"] == {"name": str(pictures), "images": 4}
         nearest.append(report["rows"]["distilled"]["nearest"]["value"])
-    with np.load(out / "cells/plans/distilled/000.npz") as held:
-        np.testing.assert_allclose(held["nearest"][:2], 0.0, atol=0.01)  # kept, so the reference
+    with np.load(out / "cells/plans/distilled/000.npz") as cell:
+        np.testing.assert_allclose(cell["nearest"][:2], 0.0, atol=0.01)  # kept, so the reference
     assert nearest[1] < nearest[0]
 
 
@@ -237,8 +239,8 @@ def test_how_files_are_read_is_a_setting_of_a_study(
 ) -> None:
     import headstart_weights
 
-    own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
-    assert study(small, prompts, *SMALL, "--preset", "demo", *own, "--head-dim", "32") == 2
+    files = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
+    assert study(small, prompts, *SMALL, "--preset", "demo", *files, "--head-dim", "32") == 2
     assert "loading" in capsys.readouterr().err
 
 
@@ -268,9 +270,9 @@ def test_cases_left_out_for_one_reason_are_one_note(
 ) -> None:
     import headstart_weights
 
-    own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
+    files = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
     one = ("--preset", "sd-turbo", "--steps", "1", "--parts", "n,guidance", "--report")
-    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *own, *one) == 2
+    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *files, *one) == 2
     notes = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(notes) == 2 and "hybrid, n-2, n-3" in notes[0] and "skip-first" in notes[1]
 

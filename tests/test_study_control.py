@@ -38,7 +38,7 @@ def shared_engine() -> hs.Engine:
 def engine(shared_engine: hs.Engine) -> Iterator[hs.Engine]:
     shared_engine.attach(headstart_weights.path("yellow"), 0.5, name="yellow")
     yield shared_engine
-    for name in [held.name for held in shared_engine.adapters]:
+    for name in [adapter.name for adapter in shared_engine.adapters]:
         shared_engine.detach(name)
 
 
@@ -69,11 +69,15 @@ def test_the_bundled_slider_moves_both_models_towards_its_words_and_back(
     """Over 14 prompts +15 and +23 % were measured at 1, -6 and -1 % at -1."""
     plans = {plan: engine.compile(plan) for plan in ("distilled", "hybrid")}
     cells = [control.measure(Setting(engine, SEEDS, plans, judge), p, YELLOW) for p in PROMPTS]
-    found = control.numbers(cells)
-    assert json.loads(json.dumps(found)) == found
-    (own,) = found["adapters"]
-    assert (own["name"], own["words"], found["seeds"]) == ("yellow", "yellow background", 3)
-    for rows in own["plans"].values():
+    numbers = control.numbers(cells)
+    assert json.loads(json.dumps(numbers)) == numbers
+    (adapter,) = numbers["adapters"]
+    assert (adapter["name"], adapter["words"], numbers["seeds"]) == (
+        "yellow",
+        "yellow background",
+        3,
+    )
+    for rows in adapter["plans"].values():
         assert [row["strength"] for row in rows] == [-1.0, 0.0, 1.0]
         assert rows[1]["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
         assert rows[2]["change"]["value"] > 5.0 > rows[0]["change"]["value"]
@@ -184,8 +188,8 @@ def cell(zero: list[float], one: list[float], name: str = "age") -> dict[str, An
 
 def test_the_change_is_the_mean_over_prompts_of_each_ones_percentage() -> None:
     """0.2 -> 0.3 is +50 %, 0.4 -> 0.5 is +25 %: 37.5 %, between the two; not of the means, 33 %."""
-    found = control.numbers([cell([0.1, 0.3], [0.2, 0.4]), cell([0.4, 0.4], [0.5, 0.5])])
-    zero, one = found["adapters"][0]["plans"]["hybrid"]
+    numbers = control.numbers([cell([0.1, 0.3], [0.2, 0.4]), cell([0.4, 0.4], [0.5, 0.5])])
+    zero, one = numbers["adapters"][0]["plans"]["hybrid"]
     assert one["change"]["value"] == pytest.approx(37.5)
     assert (one["change"]["low"], one["change"]["high"]) == pytest.approx((25.0, 50.0))
     assert one["moved"]["value"] == pytest.approx(0.1)
@@ -194,16 +198,18 @@ def test_the_change_is_the_mean_over_prompts_of_each_ones_percentage() -> None:
 
 
 def test_adapters_are_told_apart_and_one_prompt_has_no_interval() -> None:
-    found = control.numbers([cell([0.2], [0.3]), cell([0.2], [0.1], "smile")])
-    names = {own["name"]: own["plans"]["hybrid"][1]["change"] for own in found["adapters"]}
+    numbers = control.numbers([cell([0.2], [0.3]), cell([0.2], [0.1], "smile")])
+    names = {
+        adapter["name"]: adapter["plans"]["hybrid"][1]["change"] for adapter in numbers["adapters"]
+    }
     assert names["age"] == pytest.approx({"value": 50.0, "low": None, "high": None})
     assert names["smile"]["value"] == pytest.approx(-50.0)
 
 
 @pytest.mark.parametrize("score", [0.0, -0.1])
 def test_of_a_score_that_is_not_positive_there_is_no_percentage(score: float) -> None:
-    found = control.numbers([cell([score, score], [0.1, 0.1])])
-    one = found["adapters"][0]["plans"]["hybrid"][1]
+    numbers = control.numbers([cell([score, score], [0.1, 0.1])])
+    one = numbers["adapters"][0]["plans"]["hybrid"][1]
     assert one["change"] is None and one["moved"]["value"] == pytest.approx(0.1 - score)
 
 

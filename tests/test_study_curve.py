@@ -52,10 +52,10 @@ def test_a_cell_is_what_a_trace_of_the_same_runs_measures(
     space = feature_space(open_features("structure").extractor)
     strips = hs.trace(runs, hs.decoder(engine, "full"), space=space).strips
     for strip in strips:
-        own = strip.measured
-        assert cells[0][f"{strip.name}/share"] == pytest.approx(own.share)
-        assert cells[0][f"{strip.name}/distance"] == pytest.approx(own.distance)
-        spread = [row.spread.value for row in own.figures]
+        values = strip.measured
+        assert cells[0][f"{strip.name}/share"] == pytest.approx(values.share)
+        assert cells[0][f"{strip.name}/distance"] == pytest.approx(values.distance)
+        spread = [row.spread.value for row in values.figures]
         assert cells[0][f"{strip.name}/spread"] == pytest.approx(spread)
 
 
@@ -69,36 +69,36 @@ def test_few_pictures_at_a_time_give_the_same_numbers_in_bounded_memory(
     monkeypatch.setattr(steps, "PART", 64 * 64)
     monkeypatch.setattr(steps, "GROUP", 2 * 64 * 64)
     judge, decoder = open_features("structure"), hs.decoder(engine, "full")
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
     def features(rgb: np.ndarray) -> np.ndarray:
-        seen.append(rgb.shape)
+        shapes.append(rgb.shape)
         return judge.extractor.features(rgb)
 
     def draw(x0: Tensor) -> Picture:
-        seen.append((*decoder(x0).rgb.shape,))
+        shapes.append((*decoder(x0).rgb.shape,))
         return decoder(x0)
 
     spy = Judge((Extractor(judge.extractor.name, features),))
-    found = curve.measure(
+    cell = curve.measure(
         Setting(engine, SEEDS, plans, spy), PROMPTS[0], replace(decoder, draw=draw)
     )
-    assert set(seen) == {(1, 64, 64, 3)}
+    assert set(shapes) == {(1, 64, 64, 3)}
     for key in ("share", "distance", "spread"):  # rounding of a level of 255, seldom
-        assert found[f"hybrid/{key}"] == pytest.approx(cells[0][f"hybrid/{key}"], abs=2e-3)
+        assert cell[f"hybrid/{key}"] == pytest.approx(cells[0][f"hybrid/{key}"], abs=2e-3)
 
 
 def test_the_numbers_are_json_and_an_interval_holds_its_value(cells: Cells) -> None:
-    found = curve.numbers(cells)
-    assert json.loads(json.dumps(found)) == found
-    assert (found["space"], found["seeds"]) == ("structure-16x16", 3)
-    assert found["plans"]["base"]["passes"] == [2, 4, 6, 8, 10]
-    assert found["plans"]["hybrid"]["passes"] == [1, 2, 3, 4]
-    for plan in found["plans"].values():
+    numbers = curve.numbers(cells)
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert (numbers["space"], numbers["seeds"]) == ("structure-16x16", 3)
+    assert numbers["plans"]["base"]["passes"] == [2, 4, 6, 8, 10]
+    assert numbers["plans"]["hybrid"]["passes"] == [1, 2, 3, 4]
+    for plan in numbers["plans"].values():
         assert plan["missing"] == 0
         assert plan["share"][-1]["value"] == 1.0 and plan["distance"][-1]["value"] == 0.0
-        for own in (*plan["share"], *plan["spread"]):
-            assert own["low"] <= own["value"] <= own["high"]
+        for point in (*plan["share"], *plan["spread"]):
+            assert point["low"] <= point["value"] <= point["high"]
 
 
 def test_a_cell_costs_the_passes_that_are_told(
@@ -119,15 +119,15 @@ def test_a_cell_costs_the_passes_that_are_told(
 
 def cell(base: list[float], hybrid: list[float], seeds: int = 2) -> dict[str, Any]:
     """Every seed has the same shares."""
-    found: dict[str, Any] = {"space": np.array("known")}
+    arrays: dict[str, Any] = {"space": np.array("known")}
     for plan, shares in (("base", base), ("hybrid", hybrid)):
         steps_ = len(shares)
-        found[f"{plan}/share"] = np.tile(np.array(shares)[:, None], seeds)
-        found[f"{plan}/distance"] = 1.0 - found[f"{plan}/share"]
-        found[f"{plan}/spread"] = np.full(steps_, 0.3 if seeds > 1 else np.nan)
-        found[f"{plan}/timestep"] = np.linspace(999, 1, steps_)
-        found[f"{plan}/passes"] = np.arange(1, steps_ + 1)
-    return found
+        arrays[f"{plan}/share"] = np.tile(np.array(shares)[:, None], seeds)
+        arrays[f"{plan}/distance"] = 1.0 - arrays[f"{plan}/share"]
+        arrays[f"{plan}/spread"] = np.full(steps_, 0.3 if seeds > 1 else np.nan)
+        arrays[f"{plan}/timestep"] = np.linspace(999, 1, steps_)
+        arrays[f"{plan}/passes"] = np.arange(1, steps_ + 1)
+    return arrays
 
 
 def test_the_base_matches_at_the_step_at_which_its_mean_share_is_that_of_the_first() -> None:
@@ -135,19 +135,19 @@ def test_the_base_matches_at_the_step_at_which_its_mean_share_is_that_of_the_fir
     A plan whose first steps show 0.54 and 0.64, 0.59 on average, is met at the second step. With
     the first prompt alone 0.5 < 0.54, so that is the third step: some resamples say 3."""
     cells = [cell([0.1, 0.5, 0.8, 1.0], [0.54, 1.0]), cell([0.3, 0.7, 0.9, 1.0], [0.64, 1.0])]
-    found = curve.numbers(cells)
-    assert found["matches"] == {"hybrid": 2}
-    assert found["matches_95"] == {"hybrid": [2, 3]}
-    shares = [own["value"] for own in found["plans"]["base"]["share"]]
+    numbers = curve.numbers(cells)
+    assert numbers["matches"] == {"hybrid": 2}
+    assert numbers["matches_95"] == {"hybrid": [2, 3]}
+    shares = [point["value"] for point in numbers["plans"]["base"]["share"]]
     assert shares == pytest.approx([0.2, 0.6, 0.85, 1.0])
-    assert found["plans"]["base"]["share"][0] == {"value": 0.2, "low": 0.1, "high": 0.3}
+    assert numbers["plans"]["base"]["share"][0] == {"value": 0.2, "low": 0.1, "high": 0.3}
 
 
 def test_one_prompt_and_one_seed_have_values_and_no_intervals() -> None:
-    found = curve.numbers([cell([0.1, 0.5, 1.0], [0.4, 1.0], seeds=1)])
-    assert found["plans"]["hybrid"]["share"][0] == {"value": 0.4, "low": None, "high": None}
-    assert found["plans"]["hybrid"]["spread"] == [None, None]
-    assert (found["matches"], found["matches_95"]) == ({"hybrid": 2}, {"hybrid": None})
+    numbers = curve.numbers([cell([0.1, 0.5, 1.0], [0.4, 1.0], seeds=1)])
+    assert numbers["plans"]["hybrid"]["share"][0] == {"value": 0.4, "low": None, "high": None}
+    assert numbers["plans"]["hybrid"]["spread"] == [None, None]
+    assert (numbers["matches"], numbers["matches_95"]) == ({"hybrid": 2}, {"hybrid": None})
 
 
 def test_a_cell_of_one_seed_has_a_curve_and_no_spread(engine: hs.Engine) -> None:
@@ -155,24 +155,24 @@ def test_a_cell_of_one_seed_has_a_curve_and_no_spread(engine: hs.Engine) -> None
         Setting(engine, (5,), {"hybrid": engine.compile("hybrid")}, open_features("colours")),
         "a fox",
     )
-    found = curve.measure(*run, hs.decoder(engine, "linear"))
-    assert found["hybrid/share"].shape == (4, 1) and np.isfinite(found["hybrid/share"]).all()
-    assert np.isnan(found["hybrid/spread"]).all()
+    arrays = curve.measure(*run, hs.decoder(engine, "linear"))
+    assert arrays["hybrid/share"].shape == (4, 1) and np.isfinite(arrays["hybrid/share"]).all()
+    assert np.isnan(arrays["hybrid/spread"]).all()
 
 
 def test_without_a_base_nothing_is_matched() -> None:
-    alone = {key: own for key, own in cell([1.0], [0.4, 1.0]).items() if "base" not in key}
-    found = curve.numbers([alone])
-    assert [*found["plans"]] == ["hybrid"] and found["matches"] == {}
+    alone = {key: values for key, values in cell([1.0], [0.4, 1.0]).items() if "base" not in key}
+    numbers = curve.numbers([alone])
+    assert [*numbers["plans"]] == ["hybrid"] and numbers["matches"] == {}
 
 
 def test_a_picture_that_is_missing_is_counted_and_leaves_the_other_seeds() -> None:
     holed = cell([0.2, 1.0], [0.4, 1.0])
     for key in ("share", "distance"):
         holed[f"hybrid/{key}"][0, 1] = np.nan
-    found = curve.numbers([holed, cell([0.2, 1.0], [0.8, 1.0])])
-    assert found["plans"]["hybrid"]["share"][0]["value"] == pytest.approx(0.6)
-    assert (found["plans"]["hybrid"]["missing"], found["plans"]["base"]["missing"]) == (1, 0)
+    numbers = curve.numbers([holed, cell([0.2, 1.0], [0.8, 1.0])])
+    assert numbers["plans"]["hybrid"]["share"][0]["value"] == pytest.approx(0.6)
+    assert (numbers["plans"]["hybrid"]["missing"], numbers["plans"]["base"]["missing"]) == (1, 0)
 
 
 def broken(decoder: hs.Decoder, bad: list[bool], calls: set[int]) -> hs.Decoder:
@@ -193,12 +193,12 @@ def test_a_decoder_that_gives_nan_is_told_from_a_picture(engine: hs.Engine) -> N
     table, judge = {"hybrid": engine.compile("hybrid")}, open_features("colours")
     linear = hs.decoder(engine, "linear")
     run = (Setting(engine, SEEDS, table, judge), "a fox")
-    found = curve.measure(*run, broken(linear, [False, True, False], {2}))
-    assert np.isnan(found["hybrid/share"]).tolist()[1] == [False, True, False]
-    assert np.isnan(found["hybrid/share"]).sum() == 1
-    assert np.isfinite(found["hybrid/spread"]).all()
-    found = curve.measure(*run, broken(linear, [True, False, False], {4}))
-    assert np.isnan(found["hybrid/share"]).tolist() == [[True, False, False]] * 4
+    arrays = curve.measure(*run, broken(linear, [False, True, False], {2}))
+    assert np.isnan(arrays["hybrid/share"]).tolist()[1] == [False, True, False]
+    assert np.isnan(arrays["hybrid/share"]).sum() == 1
+    assert np.isfinite(arrays["hybrid/spread"]).all()
+    arrays = curve.measure(*run, broken(linear, [True, False, False], {4}))
+    assert np.isnan(arrays["hybrid/share"]).tolist() == [[True, False, False]] * 4
     with pytest.raises(InputError, match=r"step 1: the linear decoder gave NaN .* every seed"):
         curve.measure(*run, broken(linear, [True] * 3, {2}))
     with pytest.raises(InputError, match="latents that are 0"):
@@ -224,13 +224,13 @@ def test_a_wide_space_has_the_same_curve_and_no_spread(engine: hs.Engine) -> Non
     colours = open_features("colours").extractor._replace(distance="squared")
     plans = {"hybrid": engine.compile("hybrid")}
     linear = hs.decoder(engine, "linear")
-    own = curve.measure(Setting(engine, SEEDS, plans, Judge((colours,))), "a fox", linear)
+    arrays = curve.measure(Setting(engine, SEEDS, plans, Judge((colours,))), "a fox", linear)
     judge = Judge((colours._replace(wide=True),))
     wide = curve.measure(Setting(engine, SEEDS, plans, judge), "a fox", linear)
     # the square of a difference of 1e-8 of inner products of about 100
-    assert wide["hybrid/share"] == pytest.approx(own["hybrid/share"], abs=1e-5)
-    assert wide["hybrid/distance"] == pytest.approx(own["hybrid/distance"], abs=1e-5)
-    assert np.isnan(wide["hybrid/spread"]).all() and np.isfinite(own["hybrid/spread"]).all()
+    assert wide["hybrid/share"] == pytest.approx(arrays["hybrid/share"], abs=1e-5)
+    assert wide["hybrid/distance"] == pytest.approx(arrays["hybrid/distance"], abs=1e-5)
+    assert np.isnan(wide["hybrid/spread"]).all() and np.isfinite(arrays["hybrid/spread"]).all()
     assert curve.numbers([wide])["plans"]["hybrid"]["spread"] == [None] * 4
 
 

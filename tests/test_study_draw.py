@@ -35,54 +35,54 @@ class Counted:
         return {"values": [int(cell["value"][0]) for cell in cells]}
 
     def study(self) -> Study:
-        own = Experiment(
+        experiment = Experiment(
             "curve", ("a", "b"), (0, 1, 2), lambda *_: self._identity, lambda *_: 2.0, self.measure,
             self.numbers,
         )  # fmt: skip
 
         no_lab: Any = None  # an experiment brings its own engine
-        return Study(no_lab, {}, PROMPTS, (own,))
+        return Study(no_lab, {}, PROMPTS, (experiment,))
 
 
-def drawn(folder: Path, counted: Counted, shard: Shard = ALONE) -> tuple[int, int]:
+def run(folder: Path, counted: Counted, shard: Shard = ALONE) -> tuple[int, int]:
     with open_store(folder, SETTING, shard) as store:
-        own = share(counted.study(), store)
-        draw(own, store)
-        return len(own), len(missing(counted.study(), store))
+        cells = share(counted.study(), store)
+        draw(cells, store)
+        return len(cells), len(missing(counted.study(), store))
 
 
 def test_every_cell_is_made_once_and_never_again(tmp_path: Path) -> None:
     counted = Counted()
-    assert drawn(tmp_path, counted) == (6, 0)
+    assert run(tmp_path, counted) == (6, 0)
     assert sorted(counted.made) == [(name, n) for name in "ab" for n in range(3)]
-    assert drawn(tmp_path, counted) == (0, 0) and len(counted.made) == 6
+    assert run(tmp_path, counted) == (0, 0) and len(counted.made) == 6
 
 
 @pytest.mark.parametrize("stop_at", range(6))
 def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path, stop_at: int) -> None:
     first, second = Counted(stop_at), Counted()
     with pytest.raises(KeyboardInterrupt):
-        drawn(tmp_path, first)
-    assert drawn(tmp_path, second) == (6 - stop_at, 0)
+        run(tmp_path, first)
+    assert run(tmp_path, second) == (6 - stop_at, 0)
     assert not set(first.made) & set(second.made)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_share_the_cells_and_the_last_one_finds_them_all(tmp_path: Path, world: int) -> None:
-    made: list[tuple[str, int]] = []
+    cells: list[tuple[str, int]] = []
     left: list[int] = []
     for rank in range(world):
         counted = Counted()
-        left.append(drawn(tmp_path, counted, Shard(rank, world))[1])
-        made += counted.made
-    assert sorted(made) == [(name, n) for name in "ab" for n in range(3)]
+        left.append(run(tmp_path, counted, Shard(rank, world))[1])
+        cells += counted.made
+    assert sorted(cells) == [(name, n) for name in "ab" for n in range(3)]
     assert left[-1] == 0 and all(count > 0 for count in left[: min(world, 6) - 1])
 
 
 def test_a_cell_of_another_identity_is_made_again(tmp_path: Path) -> None:
-    drawn(tmp_path, Counted())
+    run(tmp_path, Counted())
     other = Counted(identity="two")
-    assert drawn(tmp_path, other) == (6, 0)
+    assert run(tmp_path, other) == (6, 0)
 
 
 def test_the_cells_of_one_prompt_are_beside_each_other() -> None:

@@ -29,12 +29,12 @@ def test_another_scorer_in_the_same_spaces_scores_the_kept_pictures_again(tmp_pa
         assert before is not None and again.read(store, CASE, 0) is None
         stamps = [path.stat().st_mtime_ns for path in tmp_path.glob("pictures/*/*.png")]
         again.measure(store, CASE, 0)
-        found = again.read(store, CASE, 0)
+        cell = again.read(store, CASE, 0)
         assert stamps == [path.stat().st_mtime_ns for path in tmp_path.glob("pictures/*/*.png")]
-    assert found is not None and not np.allclose(before["score"], 0.25)
-    np.testing.assert_array_equal(found["score"], 0.25)
+    assert cell is not None and not np.allclose(before["score"], 0.25)
+    np.testing.assert_array_equal(cell["score"], 0.25)
     np.testing.assert_array_equal(
-        found["diversity@" + judge.spaces[0].name], before["diversity@" + judge.spaces[0].name]
+        cell["diversity@" + judge.spaces[0].name], before["diversity@" + judge.spaces[0].name]
     )
 
 
@@ -45,6 +45,6 @@ def test_kept_pictures_hold_the_record_that_draws_them_again(tmp_path: Path) -> 
     )
     with open_store(tmp_path, {"format": FORMAT}, Shard()) as store:
         lab.measure(store, CASE, 0)
-    kept = sorted(tmp_path.glob("pictures/*/*.png"))
-    assert [path.name for path in kept] == ["000-3.png", "000-5.png"]
-    assert hs.replay(kept[1], engine).seeds == (5,)
+    pictures = sorted(tmp_path.glob("pictures/*/*.png"))
+    assert [path.name for path in pictures] == ["000-3.png", "000-5.png"]
+    assert hs.replay(pictures[1], engine).seeds == (5,)

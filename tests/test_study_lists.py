@@ -13,10 +13,10 @@ from headstart_weights.recipe.dataset import compose_caption
 
 
 def test_the_papers_list_is_five_prompts_of_a_hundred_seeds() -> None:
-    found = {name: read_prompts(name) for name in LISTS}
-    assert len(found["paper"].prompts) == 5 and found["paper"].seeds == 100
-    assert found["car"] == (("image of a car",), 100)
-    assert len(found["everyday"].prompts) == 24 and found["everyday"].seeds == 16
+    lists = {name: read_prompts(name) for name in LISTS}
+    assert len(lists["paper"].prompts) == 5 and lists["paper"].seeds == 100
+    assert lists["car"] == (("image of a car",), 100)
+    assert len(lists["everyday"].prompts) == 24 and lists["everyday"].seeds == 16
 
 
 def test_the_demo_list_is_the_captions_that_the_pair_was_trained_with() -> None:

@@ -25,7 +25,7 @@ PROMPTS = ("a fox", "an owl", "a cat")
 
 def cell(diversity: float, *, score: float | None = 0.5, seed: int = 0) -> Arrays:
     features = np.random.default_rng(seed).normal(size=(6, 4)).astype(np.float32)
-    found = {
+    cell_ = {
         "diversity@toy": np.array([diversity, diversity - 0.1, diversity + 0.1]),
         "vendi@toy": np.array(2.0),
         "features@toy": features,
@@ -34,22 +34,22 @@ def cell(diversity: float, *, score: float | None = 0.5, seed: int = 0) -> Array
         "networks": np.array(1.0),
         "seconds": np.array(0.1 * (1 + seed)),
     }
-    return found if score is None else {**found, "score": np.full(6, score)}
+    return cell_ if score is None else {**cell_, "score": np.full(6, score)}
 
 
 def cells(prompts: int = 3) -> dict[str, list[Arrays]]:
     values = {"base": (0.4, 0.5, 0.6), "distilled": (0.1, 0.2, 0.3), "hybrid": (0.2, 0.4, 0.6)}
     return {
-        name: [cell(own[n], seed=n) for n in range(prompts)] for name, own in values.items()
+        name: [cell(values_[n], seed=n) for n in range(prompts)] for name, values_ in values.items()
     }  # fmt: skip
 
 
 def test_a_row_is_the_mean_over_prompts_and_the_share_that_came_back() -> None:
     row = rows_of(CASES, cells(), [SPACE], {})["hybrid"]
-    found = row["spaces"]["toy"]
-    assert found["diversity"]["value"] == pytest.approx(0.4)
-    assert found["diversity"]["low"] <= 0.4 <= found["diversity"]["high"]
-    assert found["recovered"]["value"] == pytest.approx(0.2 / 0.3, abs=1e-6)
+    space = row["spaces"]["toy"]
+    assert space["diversity"]["value"] == pytest.approx(0.4)
+    assert space["diversity"]["low"] <= 0.4 <= space["diversity"]["high"]
+    assert space["recovered"]["value"] == pytest.approx(0.2 / 0.3, abs=1e-6)
     assert (row["images"], row["passes"], row["networks"]) == (18, 4.0, 1)
     assert row["seconds"] == pytest.approx(0.2)
     assert row["score"]["value"] == 0.5 and row["nearest"] is None
@@ -58,31 +58,31 @@ def test_a_row_is_the_mean_over_prompts_and_the_share_that_came_back() -> None:
 def test_the_ends_recover_nothing_and_everything() -> None:
     rows = rows_of(CASES, cells(), [SPACE], {})
     for name, share in (("base", 1.0), ("distilled", 0.0)):
-        own = rows[name]["spaces"]["toy"]["recovered"]
-        assert [own[end] for end in ("value", "low", "high")] == pytest.approx([share] * 3)
+        recovered = rows[name]["spaces"]["toy"]["recovered"]
+        assert [recovered[end] for end in ("value", "low", "high")] == pytest.approx([share] * 3)
 
 
 def test_a_case_is_measured_against_the_model_that_it_names() -> None:
     other = Case(name="other", part="methods", about="", plan="hybrid", against="hybrid")
-    found = {**cells(), "other": cells()["base"]}
-    row = rows_of({**CASES, "other": other}, found, [SPACE], {})["other"]
+    cases = {**cells(), "other": cells()["base"]}
+    row = rows_of({**CASES, "other": other}, cases, [SPACE], {})["other"]
     assert row["spaces"]["toy"]["recovered"]["value"] == pytest.approx(1.0)
 
 
 def test_one_prompt_has_an_interval_over_its_seeds_and_no_share() -> None:
     row = rows_of(CASES, cells(1), [SPACE], {})["hybrid"]
-    found = row["spaces"]["toy"]
-    assert found["diversity"]["low"] == pytest.approx(0.105, abs=1e-3)
-    assert found["diversity"]["high"] == pytest.approx(0.295, abs=1e-3)
-    assert found["recovered"] is None
+    space = row["spaces"]["toy"]
+    assert space["diversity"]["low"] == pytest.approx(0.105, abs=1e-3)
+    assert space["diversity"]["high"] == pytest.approx(0.295, abs=1e-3)
+    assert space["recovered"] is None
     assert row["score"] == {"value": 0.5, "low": None, "high": None}
 
 
 def test_the_frechet_distance_is_that_of_all_pictures_to_the_reference() -> None:
-    own = cells()
+    cells_ = cells()
     moments = Moments(np.zeros(4), np.eye(4))
-    row = rows_of(CASES, own, [SPACE], {"toy": Reference("r", moments)})["base"]
-    flat = np.concatenate([c["features@toy"] for c in own["base"]]).astype(np.float64)
+    row = rows_of(CASES, cells_, [SPACE], {"toy": Reference("r", moments)})["base"]
+    flat = np.concatenate([c["features@toy"] for c in cells_["base"]]).astype(np.float64)
     expected = frechet_gaussian(flat.mean(0), np.cov(flat.T), *moments)
     assert row["spaces"]["toy"]["frechet"]["value"] == pytest.approx(expected, abs=1e-5)
 
@@ -109,6 +109,6 @@ def test_every_prompt_case_and_space_has_a_line() -> None:
 
 def test_recovered_is_exact_where_every_prompt_agrees() -> None:
     base, distilled = np.array([0.4, 0.6, 0.8]), np.array([0.2, 0.4, 0.6])
-    found = recovered(distilled + 0.05, base, distilled)
-    assert list(found) == pytest.approx([0.25, 0.25, 0.25])
+    share = recovered(distilled + 0.05, base, distilled)
+    assert list(share) == pytest.approx([0.25, 0.25, 0.25])
     assert math.isnan(recovered(base, base, base).value)

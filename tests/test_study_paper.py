@@ -16,23 +16,23 @@ def text_of(report: reports.Json) -> str:
 
 
 def test_the_averages_of_table_2_are_those_of_its_prompts() -> None:
-    own = PAPER["table 2"]
-    prompts = [row for name, row in own.items() if name not in ("what", "columns", "average")]
+    rows = PAPER["table 2"]
+    prompts = [row for name, row in rows.items() if name not in ("what", "columns", "average")]
     assert len(prompts) == 5
-    assert np.abs(np.mean(prompts, 0) - own["average"]).max() < 0.0005 + 1e-9
+    assert np.abs(np.mean(prompts, 0) - rows["average"]).max() < 0.0005 + 1e-9
 
 
 def test_the_columns_of_table_1_have_the_means_that_were_computed_when_it_was_read() -> None:
-    own = PAPER["table 1"]
-    rows = [row for name, row in own.items() if name not in ("what", "columns")]
+    table = PAPER["table 1"]
+    rows = [row for name, row in table.items() if name not in ("what", "columns")]
     assert len(rows) == 9
     assert np.round(np.mean(rows, 0), 1).tolist() == [29.6, 26.8, 27.5, 29.5, 28.6]
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if name.startswith("table")])
 def test_every_row_of_a_table_has_all_its_columns(name: str) -> None:
-    own = PAPER[name]
-    assert all(len(row) == len(own["columns"]) for k, row in own.items() if k not in ("what",))
+    rows = PAPER[name]
+    assert all(len(row) == len(rows["columns"]) for k, row in rows.items() if k not in ("what",))
     assert json.loads(json.dumps(PAPER)) == PAPER
 
 
@@ -80,9 +80,9 @@ def test_a_frechet_distance_is_an_fid_by_inception_on_30_000_images_alone(
 ) -> None:
     report = reports.few()
     report["spaces"] = [{"name": "inception-v3", "distance": "cosine"}]
-    for own in report["rows"].values():
-        own["spaces"] = {"inception-v3": {"frechet": reports.about(12.0, 1.0)}}
-        own["images"] = images
+    for row in report["rows"].values():
+        row["spaces"] = {"inception-v3": {"frechet": reports.about(12.0, 1.0)}}
+        row["images"] = images
     assert ("is an FID" in text_of(report)) == is_fid
     assert ("is no FID" in text_of(report)) != is_fid
 

@@ -81,19 +81,19 @@ KINDS = {
 def test_a_page_is_sound_and_asks_for_nothing_outside_itself(kind: str) -> None:
     page = page_of(KINDS[kind]())
     tree = Tree(page)
-    ids = [own["id"] for _, own in tree.tags if "id" in own]
+    ids = [attributes["id"] for _, attributes in tree.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    links = [own["href"] or "" for tag, own in tree.tags if tag == "a"]
+    links = [attributes["href"] or "" for tag, attributes in tree.tags if tag == "a"]
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
     assert {link for link in links if not link.startswith("#")} == {
         "report.json", "figures/curve.svg",
     }  # fmt: skip
     assert not {"script", "link", "iframe", "object", "base", "form"} & {t for t, _ in tree.tags}
-    sources = [own["src"] or "" for _, own in tree.tags if "src" in own]
+    sources = [attributes["src"] or "" for _, attributes in tree.tags if "src" in attributes]
     assert all(source.startswith("data:") for source in sources)
     assert not re.search(r"@import|url\(", page)
-    assert not any(name.startswith("on") for _, own in tree.tags for name in own)
-    (policy,) = [own["content"] for _, own in tree.tags if "http-equiv" in own]
+    assert not any(name.startswith("on") for _, attributes in tree.tags for name in attributes)
+    (policy,) = [attributes["content"] for _, attributes in tree.tags if "http-equiv" in attributes]
     assert policy is not None and policy.startswith("default-src 'none'")
     assert SVG.decode() in page
 
@@ -102,10 +102,10 @@ def test_a_page_shows_every_number_of_every_case() -> None:
     report = reports.full()
     text = Tree(page_of(report)).text
     every = dict.fromkeys(rows_of(report), "")
-    found = [*blocks(report, main_cases(report), counts=False), *cost_groups(report)]
-    for own in (*found, *blocks(report, every, counts=True)):
-        assert own.title in text
-        for line in own.lines:
+    groups = [*blocks(report, main_cases(report), counts=False), *cost_groups(report)]
+    for group in (*groups, *blocks(report, every, counts=True)):
+        assert group.title in text
+        for line in group.lines:
             assert line.case in text
             for cell in line.cells:
                 assert f"{cell.value} [{cell.ends}]" in text if cell.ends else cell.value in text
@@ -136,7 +136,7 @@ def test_a_page_says_how_it_was_made() -> None:
 
 def test_what_is_not_there_has_no_section() -> None:
     tree = Tree(page_of(reports.tiny()))
-    ids = {own.get("id") for _, own in tree.tags}
+    ids = {attributes.get("id") for _, attributes in tree.tags}
     assert {"main", "paper", "rows", "made"} <= ids and not {"costs", "pictures"} & ids
     assert "nan" not in tree.text.lower() and "None" not in tree.text
 
@@ -161,8 +161,11 @@ def test_pictures_are_inside_the_page_small_and_those_of_the_main_cases_first(
     pictures["hybrid"][1].write_bytes(b"no picture")
     pictures["base"] = [tmp_path / "missing.png"]
     tree = Tree(page_of(reports.full(), pictures))
-    shown = [own for tag, own in tree.tags if tag == "img"]
-    assert [own["alt"] for own in shown][:2] == ["hybrid, hybr-000-7", "hybrid, hybr-002-7"]
+    shown = [attributes for tag, attributes in tree.tags if tag == "img"]
+    assert [attributes["alt"] for attributes in shown][:2] == [
+        "hybrid, hybr-000-7",
+        "hybrid, hybr-002-7",
+    ]
     assert len(shown) == 7 + 8 and tree.text.count("cannot be read") == 2
     data = (shown[0]["src"] or "").removeprefix("data:image/webp;base64,")
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
@@ -222,12 +225,12 @@ def _paths(tree: Any) -> Iterator[tuple[Any, ...]]:
 
 def letters_of(pdf: bytes) -> str:
     """What a PDF without compression shows, a line for each text; ligatures are left out."""
-    found: list[str] = []
+    texts: list[str] = []
     for block in re.findall(rb"BT\n(.*?)\nET", pdf, re.DOTALL):
         parts = re.findall(rb"\(((?:\\.|[^\\)])*)\)", block, re.DOTALL)
         raw = re.sub(rb"\\(.)", rb"\1", b"".join(parts), flags=re.DOTALL)
-        found.append(raw.decode("utf-16-be" if raw[:1] == b"\0" else "cp1252"))
-    return "\n".join(found)
+        texts.append(raw.decode("utf-16-be" if raw[:1] == b"\0" else "cp1252"))
+    return "\n".join(texts)
 
 
 def test_the_pdf_has_every_number_of_the_main_table_as_letters() -> None:
@@ -235,8 +238,8 @@ def test_the_pdf_has_every_number_of_the_main_table_as_letters() -> None:
     pdf = table_pdf(report)
     assert pdf.startswith(b"%PDF") and pdf.rstrip().endswith(b"%%EOF")
     text = letters_of(pdf)
-    for own in blocks(report, main_cases(report), counts=False):
-        for line in own.lines:
+    for block in blocks(report, main_cases(report), counts=False):
+        for line in block.lines:
             assert line.case.partition("-f")[0] in text
             assert all(str(cell) in text for cell in line.cells)
     assert "Best of a grid" in text and "12 prompts, 4 seeds each" in text
@@ -269,11 +272,11 @@ def test_numbers_by_prompt_are_read_back_as_they_were() -> None:
     ]  # fmt: skip
     data = prompts_csv(rows)
     assert data.endswith(b"\r\n") and data.split(b"\r\n")[0].decode() == ",".join(COLUMNS)
-    found = [*csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))]
-    assert [row["prompt"] for row in found] == prompts
-    assert [float(row["diversity"]) for row in found] == [row["diversity"] for row in rows]
-    assert {(row["vendi"], row["at"], row["nearest"]) for row in found} == {("", "", "")}
-    assert float(found[0]["seconds"]) == 1e-7
+    lines = [*csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))]
+    assert [row["prompt"] for row in lines] == prompts
+    assert [float(row["diversity"]) for row in lines] == [row["diversity"] for row in rows]
+    assert {(row["vendi"], row["at"], row["nearest"]) for row in lines} == {("", "", "")}
+    assert float(lines[0]["seconds"]) == 1e-7
 
 
 def test_a_report_is_all_its_files_the_same_every_time(tmp_path: Path) -> None:
@@ -290,10 +293,10 @@ def test_a_report_is_all_its_files_the_same_every_time(tmp_path: Path) -> None:
     assert [*seen[0]] and set(seen[0]) == {
         "report.html", "report.json", "table.pdf", "prompts.csv", "figures/diversity.svg",
     }  # fmt: skip
-    held: Any = loads(seen[0]["report.json"])  # refuses NaN
-    assert held["paper"] == PAPER and held["rows"]["hybrid"]["seconds"] is None
-    assert held["rows"]["base"] == report["rows"]["base"]
-    assert set(comparable(report)) <= set(held["notes"])
+    document: Any = loads(seen[0]["report.json"])  # refuses NaN
+    assert document["paper"] == PAPER and document["rows"]["hybrid"]["seconds"] is None
+    assert document["rows"]["base"] == report["rows"]["base"]
+    assert set(comparable(report)) <= set(document["notes"])
     assert seen[0]["figures/diversity.svg"] in seen[0]["report.html"]
     Tree(seen[0]["report.html"].decode())
 

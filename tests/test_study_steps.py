@@ -70,11 +70,11 @@ def test_a_judge_without_text_and_one_that_gives_nan_are_refused() -> None:
 
 
 def test_an_interval_is_over_prompts_and_has_no_ends_for_one() -> None:
-    found = steps.interval(np.array([1.0, 2.0, 3.0, 4.0]))
-    assert found["value"] == 2.5
+    interval_ = steps.interval(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert interval_["value"] == 2.5
     # the mean of four draws: a standard error of 0.56, so 2.5 -+ 1.1
-    assert found["low"] == pytest.approx(1.4, abs=0.15)
-    assert found["high"] == pytest.approx(3.6, abs=0.15)
+    assert interval_["low"] == pytest.approx(1.4, abs=0.15)
+    assert interval_["high"] == pytest.approx(3.6, abs=0.15)
     assert steps.interval(np.array([0.25])) == {"value": 0.25, "low": None, "high": None}
 
 

@@ -44,7 +44,7 @@ def watched(engine: hs.Engine, judge: Judge, prompt: str, phrase: str, rest: str
     """The same by `trace`'s own means, of whole frames."""
     decoder = hs.decoder(engine, "tiny")
 
-    def seen(text: str) -> DecodedRun:
+    def decoded(text: str) -> DecodedRun:
         run = engine.sample(text, plan="hybrid", seeds=SEEDS, keep_x0=True)
         assert run.x0 is not None
         frames = np.stack([decoder(row).rgb.numpy() for row in run.x0])
@@ -53,7 +53,7 @@ def watched(engine: hs.Engine, judge: Judge, prompt: str, phrase: str, rest: str
     assert judge.scores is not None
     names = tuple(map(phrase_of, headstart_weights.manifest().concepts))
     scorer = ConceptScorer(name="", score=judge.scores, meaning="", unasked=names)
-    return watch(seen(prompt), [phrase], {phrase: seen(rest)}, scorer)
+    return watch(decoded(prompt), [phrase], {phrase: decoded(rest)}, scorer)
 
 
 def test_a_cells_concepts_are_there_where_trace_says_so(
@@ -61,27 +61,27 @@ def test_a_cells_concepts_are_there_where_trace_says_so(
 ) -> None:
     assert cells[0]["asked"].tolist() == ["a fox", "a star"]
     assert cells[0]["without"].tolist() == ["a star", "a fox"]
-    found = timeline.numbers(cells)
-    kept = [(cell, place) for cell in cells for place in range(len(cell["asked"]))]
-    for concept, (cell, place) in zip(found["concepts"], kept, strict=True):
+    numbers = timeline.numbers(cells)
+    positions = [(cell, index) for cell in cells for index in range(len(cell["asked"]))]
+    for concept, (cell, index) in zip(numbers["concepts"], positions, strict=True):
         line = watched(engine, judge, concept["prompt"], concept["phrase"], concept["without"])
-        own = concept["plans"]["hybrid"]
+        values = concept["plans"]["hybrid"]
         first = [seed[0].appears for seed in line.courses]
-        assert own["ever"] == pytest.approx(np.mean([at is not None for at in first]), abs=1e-4)
-        assert own["there"][0] == pytest.approx(np.mean([at == 0 for at in first]), abs=1e-4)
+        assert values["ever"] == pytest.approx(np.mean([at is not None for at in first]), abs=1e-4)
+        assert values["there"][0] == pytest.approx(np.mean([at == 0 for at in first]), abs=1e-4)
         dropped = np.mean([seed[0].dropped for seed in line.courses])
-        assert own["dropped"] == pytest.approx(dropped, abs=1e-4)
+        assert values["dropped"] == pytest.approx(dropped, abs=1e-4)
         (null,) = line.nulls
         assert null is not None
         excess = np.stack([seed[0].beyond * null.margins for seed in line.courses], axis=1)
-        assert cell["hybrid/excess"][place, ..., 0] == pytest.approx(excess, abs=1e-4)
+        assert cell["hybrid/excess"][index, ..., 0] == pytest.approx(excess, abs=1e-4)
 
 
 def test_the_numbers_are_json_of_both_kinds(cells: list[dict[str, Any]]) -> None:
-    found = timeline.numbers(cells)
-    assert json.loads(json.dumps(found)) == found
-    assert (found["seeds"], found["false_rate"]) == (3, 0.01)
-    for plan in found["plans"].values():
+    numbers = timeline.numbers(cells)
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert (numbers["seeds"], numbers["false_rate"]) == (3, 0.01)
+    for plan in numbers["plans"].values():
         assert plan["passes"] == [1, 2, 3, 4] and plan["missing"] == 0
         assert plan["asked"]["courses"] == 3 * 3
         assert plan["unasked"]["courses"] == 3 * (2 * 26 + 27)
@@ -130,22 +130,22 @@ def cell(
 
 def flat(seeds: int, rows: int = 4) -> np.ndarray:
     """Excesses of 20 concepts that come to exactly 1 or -1 at each row: margins of 1."""
-    found = np.ones((1, rows, seeds, 20))
-    found[..., ::4] = found[..., 1::4] = -1.0
-    return found
+    scores = np.ones((1, rows, seeds, 20))
+    scores[..., ::4] = scores[..., 1::4] = -1.0
+    return scores
 
 
 def test_known_courses_have_their_shares() -> None:
     """Of four seeds: there from the first row on, from the third on, there and dropped, never."""
     scores = np.array([[2, 2, 2, 2], [0, 0, 3, 3], [3, 3, 3, 0], [0, 0.5, 0.9, 1]]).T[None]
-    found = timeline.numbers([cell(scores, flat(4))])
-    own = found["plans"]["base"]["asked"]
-    assert [step["value"] for step in own["there"]] == [0.5, 0.5, 0.75, 0.5]
-    assert own["ever"] == {"value": 0.75, "low": None, "high": None}
-    assert own["dropped"]["value"] == 0.25
-    assert found["plans"]["base"]["unasked"]["ever"]["value"] == 0.0
-    assert found["plans"]["base"]["dropped_more"]["value"] == 0.25
-    assert found["concepts"][0]["plans"]["base"] == {
+    numbers = timeline.numbers([cell(scores, flat(4))])
+    values = numbers["plans"]["base"]["asked"]
+    assert [step["value"] for step in values["there"]] == [0.5, 0.5, 0.75, 0.5]
+    assert values["ever"] == {"value": 0.75, "low": None, "high": None}
+    assert values["dropped"]["value"] == 0.25
+    assert numbers["plans"]["base"]["unasked"]["ever"]["value"] == 0.0
+    assert numbers["plans"]["base"]["dropped_more"]["value"] == 0.25
+    assert numbers["concepts"][0]["plans"]["base"] == {
         "there": [0.5, 0.5, 0.75, 0.5], "ever": 0.75, "dropped": 0.25,
     }  # fmt: skip
 
@@ -154,9 +154,9 @@ def test_intervals_are_over_prompts_and_a_prompts_concepts_are_one_value() -> No
     """One concept of two is there in the first prompt, none in the second: 0.5 and 0, so 0.25."""
     there, never = np.full((1, 4, 2), 2.0), np.zeros((1, 4, 2))
     two = cell(np.concatenate([there, never]), np.concatenate([flat(2), flat(2)]))
-    found = timeline.numbers([two, cell(never, flat(2))])["plans"]["base"]["asked"]
-    assert found["ever"] == {"value": 0.25, "low": 0.0, "high": 0.5}
-    assert found["courses"] == 6
+    numbers = timeline.numbers([two, cell(never, flat(2))])["plans"]["base"]["asked"]
+    assert numbers["ever"] == {"value": 0.25, "low": 0.0, "high": 0.5}
+    assert numbers["courses"] == 6
 
 
 def test_where_nothing_differs_asked_and_unasked_are_there_and_dropped_alike() -> None:
@@ -169,12 +169,12 @@ def test_where_nothing_differs_asked_and_unasked_are_there_and_dropped_alike() -
         cell(rng.normal(size=(1, 4, 8)) * scale, rng.normal(size=(1, 4, 8, 40)) * scale[..., None])
         for _ in range(100)
     ]
-    found = timeline.numbers(cells)["plans"]["base"]
-    assert found["asked"]["courses"] == 800 and found["unasked"]["courses"] == 32000
-    ever = {kind: found[kind]["ever"]["value"] for kind in ("asked", "unasked")}
+    numbers = timeline.numbers(cells)["plans"]["base"]
+    assert numbers["asked"]["courses"] == 800 and numbers["unasked"]["courses"] == 32000
+    ever = {kind: numbers[kind]["ever"]["value"] for kind in ("asked", "unasked")}
     assert 0.005 < ever["unasked"] < 0.03
     assert abs(ever["asked"] - ever["unasked"]) < 0.02  # 800 courses at 1.3 %: 5 deviations
-    assert found["dropped_more"]["low"] <= 0.0 <= found["dropped_more"]["high"]
+    assert numbers["dropped_more"]["low"] <= 0.0 <= numbers["dropped_more"]["high"]
 
 
 def test_a_rate_is_a_choice_and_has_bounds() -> None:
@@ -195,17 +195,17 @@ def test_concepts_that_share_a_word_with_the_prompt_measure_no_margin() -> None:
     counts = np.array([[True] * 20 + [False]])
     scores = np.full((1, 4, 1), 2.0)
     assert timeline.numbers([cell(scores, loud, counts)])["plans"]["base"]["asked"]["ever"]["value"]
-    found = timeline.numbers([cell(scores, loud)])["plans"]["base"]["asked"]
-    assert found["ever"]["value"] == 0.0
+    numbers = timeline.numbers([cell(scores, loud)])["plans"]["base"]["asked"]
+    assert numbers["ever"]["value"] == 0.0
 
 
 def test_a_row_without_a_picture_says_nothing_and_is_counted() -> None:
     scores = np.array([[2, 2, 2, 2], [2, 2, 2, 2]], np.float64).T[None]
     unasked = flat(2)
     scores[0, 1, 0] = unasked[0, 1, 0] = np.nan
-    found = timeline.numbers([cell(scores, unasked)])["plans"]["base"]
-    assert found["missing"] == 1
-    assert [step["value"] for step in found["asked"]["there"]] == [1.0] * 4
+    numbers = timeline.numbers([cell(scores, unasked)])["plans"]["base"]
+    assert numbers["missing"] == 1
+    assert [step["value"] for step in numbers["asked"]["there"]] == [1.0] * 4
 
 
 def test_cells_of_other_steps_are_refused() -> None:

@@ -26,15 +26,15 @@ def crashes(what: str, folder: Path, *more: str) -> dict[str, object]:
 
 
 def test_a_kill_at_any_write_of_a_sweep_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
-    found = crashes("points", tmp_path)
+    outcome = crashes("points", tmp_path)
     # each image is opened, flushed and renamed, and each batch's lines flushed
-    assert found["killed"] >= 3 * len(CASES) + len(CASES) // BATCH
+    assert outcome["killed"] >= 3 * len(CASES) + len(CASES) // BATCH
 
 
 def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
-    found = crashes("moments", tmp_path)
-    assert found["killed"] >= 24
-    assert found["some"] >= 12  # came when some images were done and some were not
+    outcome = crashes("moments", tmp_path)
+    assert outcome["killed"] >= 24
+    assert outcome["some"] >= 12  # came when some images were done and some were not
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -64,10 +64,10 @@ def torchrun(folder: Path, world: int, *dies: str) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_share_of_a_rank_that_died_is_done_by_fewer_ranks(tmp_path: Path, world: int) -> None:
-    found = crashes("ranks", tmp_path, str(world))
-    own = len(CASES) - sum(len(part) for part in [CASES[b * 3 : b * 3 + 3] for b in (1,)])
-    assert 0 < found.pop("done_before") <= own
-    assert found == {"partly": True, "kept": True, "recorded_twice": 0, "equal": True}
+    outcome = crashes("ranks", tmp_path, str(world))
+    count = len(CASES) - sum(len(part) for part in [CASES[b * 3 : b * 3 + 3] for b in (1,)])
+    assert 0 < outcome.pop("done_before") <= count
+    assert outcome == {"partly": True, "kept": True, "recorded_twice": 0, "equal": True}
 
 
 def test_a_finished_sweep_draws_nothing_again(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_a_finished_sweep_draws_nothing_again(tmp_path: Path) -> None:
     assert run(tmp_path) == (0, len(CASES), True)
     lines = (tmp_path / "manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["case_number"] for line in lines] == list(range(len(CASES)))
-    shown = np.asarray(Image.open(tmp_path / "000004.png"))
-    assert encode_png(shown) == draw(CASES[3:6])[1]
+    pixels = np.asarray(Image.open(tmp_path / "000004.png"))
+    assert encode_png(pixels) == draw(CASES[3:6])[1]
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "removed"])
@@ -112,12 +112,12 @@ def test_any_number_of_ranks_gives_the_same_bits_and_shares_nothing(tmp_path: Pa
     run(tmp_path / "one")
     for world in (2, 3, 7):
         folder = tmp_path / str(world)
-        drawn: list[int] = []
+        counts: list[int] = []
         for rank in range(world):
             done = run(folder, Shard(rank, world))
             assert done.complete == (rank == min(world, 4) - 1 or rank > 3)
-            drawn += [done.written]
-        assert sum(drawn) == len(CASES)
+            counts += [done.written]
+        assert sum(counts) == len(CASES)
         assert contents(folder) == contents(tmp_path / "one")
 
 
@@ -177,8 +177,8 @@ def test_a_full_disk_is_one_error_and_what_was_finished_stays(
         patch.setattr(output.os, "fsync", full)
         with pytest.raises(InputError, match="No space left"):
             run(tmp_path)
-    kept = {entry.file for entry in read_entries(tmp_path)}
-    assert len(kept) == BATCH
+    files = {entry.file for entry in read_entries(tmp_path)}
+    assert len(files) == BATCH
     assert run(tmp_path) == (len(CASES) - BATCH, BATCH, True)
 
 

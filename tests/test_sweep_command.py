@@ -134,13 +134,13 @@ def test_a_signal_ends_a_sweep_with_a_word_and_it_goes_on_to_the_same_bytes(
 ) -> None:
     path, out = write_csv(tmp_path, IMAGES), tmp_path / "out"
     process = _command(path, out)
-    wanted, deadline = random.randint(1, 6), time.monotonic() + 300
-    while len(read_entries(out)) < wanted and time.monotonic() < deadline:
+    count, deadline = random.randint(1, 6), time.monotonic() + 300
+    while len(read_entries(out)) < count and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(number)
     _, error = process.communicate(timeout=300)
     entries = read_entries(out)
-    assert wanted <= len(entries) < IMAGES
+    assert count <= len(entries) < IMAGES
     rest = f"images done: {len(entries)}, in {out}; the same command goes on from there"
     assert (process.returncode, error) == (status, f"headstart: {word}: {rest}\n")
     assert all(entry.is_intact(out) for entry in entries)
@@ -198,8 +198,8 @@ def test_torchrun_ranks_share_a_sweep_and_take_over_from_a_dead_one(
         os.kill(child, signal.SIGKILL)
     first.communicate(timeout=300)
     assert first.returncode != 0
-    kept = {entry.file: (out / entry.file).stat().st_mtime_ns for entry in read_entries(out)}
-    assert 4 <= len(kept) < 24
+    stamps = {entry.file: (out / entry.file).stat().st_mtime_ns for entry in read_entries(out)}
+    assert 4 <= len(stamps) < 24
     again = _torchrun(world - 1, path, out)
     printed, error = again.communicate(timeout=300)
     assert again.returncode == 0, error
@@ -207,7 +207,7 @@ def test_torchrun_ranks_share_a_sweep_and_take_over_from_a_dead_one(
     entries = read_entries(out)
     assert [entry.case_number for entry in entries] == list(range(24))
     assert all(entry.is_intact(out) for entry in entries)
-    assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
+    assert all((out / name).stat().st_mtime_ns == when for name, when in stamps.items())
     # alone with as many threads: another number of them rounds the networks differently
     alone = _torchrun(1, path, tmp_path / "one")
     _, error = alone.communicate(timeout=300)
@@ -231,17 +231,17 @@ def test_memory_is_planned_for_the_largest_size_of_a_column_and_for_that_of_a_re
 ) -> None:
     """It was planned for the model's own size, and a larger picture refused with advice that these
     commands cannot follow: they take no --size."""
-    seen: list[object] = []
+    calls: list[object] = []
 
     def load(*files: object, **options: object) -> None:
-        seen.append(options["plan_size"])
+        calls.append(options["plan_size"])
         raise hs.InputError("enough")
 
     path, other = tmp_path / "sizes.csv", str(headstart_weights.path("base"))
     rows = ("0,a fox,1,64x96", "1,a fox,2,128x32")
     path.write_text("\n".join(("case_number,prompt,evaluation_seed,side", *rows)))
-    made = hs.Engine.demo(device="cpu").sample("a fox", plan="distilled", size=(64, 32))
-    (tmp_path / "record.json").write_text(json.dumps(made.record()))
+    trajectory = hs.Engine.demo(device="cpu").sample("a fox", plan="distilled", size=(64, 32))
+    (tmp_path / "record.json").write_text(json.dumps(trajectory.record()))
     monkeypatch.setattr(hs.Engine, "load", load)
     sweep = ["sweep", str(path), "--out", str(tmp_path / "out"), "--base", other, "--plan", "base"]
     for command in (
@@ -251,4 +251,4 @@ def test_memory_is_planned_for_the_largest_size_of_a_column_and_for_that_of_a_re
         ["replay", str(tmp_path / "record.json"), "--base", other],
     ):
         assert main(command) == 2 and "enough" in capsys.readouterr().err
-    assert seen == [(64, 96), (80, 80), None, (64, 32)]
+    assert calls == [(64, 96), (80, 80), None, (64, 32)]

@@ -38,24 +38,24 @@ def test_json_returns_an_equal_table_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda found: found.pop("rows"),
-        lambda found: found.update(format="headstart.table/9"),
-        lambda found: found.update(columns=found["columns"][::-1]),
-        lambda found: found.update(rows=[]),
-        lambda found: found.update(rows=3),
-        lambda found: found["rows"].pop(1),
-        lambda found: found["rows"][0].__setitem__(2, math.nan),
-        lambda found: found["rows"][0].__setitem__(7, "many"),
-        lambda found: found["rows"][0].pop(),
-        lambda found: found.update(start="pure"),
-        lambda found: found.update(first=None),
+        lambda document: document.pop("rows"),
+        lambda document: document.update(format="headstart.table/9"),
+        lambda document: document.update(columns=document["columns"][::-1]),
+        lambda document: document.update(rows=[]),
+        lambda document: document.update(rows=3),
+        lambda document: document["rows"].pop(1),
+        lambda document: document["rows"][0].__setitem__(2, math.nan),
+        lambda document: document["rows"][0].__setitem__(7, "many"),
+        lambda document: document["rows"][0].pop(),
+        lambda document: document.update(start="pure"),
+        lambda document: document.update(first=None),
     ],
 )
 def test_json_that_is_not_a_table_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
-    found = json.loads(preset("paper-dmd2").compile(SD).to_json())
-    change(found)
+    document = json.loads(preset("paper-dmd2").compile(SD).to_json())
+    change(document)
     with pytest.raises(PlanError):
-        StepTable.from_json(json.dumps(found))
+        StepTable.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"format": 1}'])
@@ -67,10 +67,10 @@ def test_text_that_is_not_json_of_a_table_is_refused(text: str) -> None:
 def test_coefficients_are_the_documented_columns_in_float32() -> None:
     assert COLUMNS == ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
     for table in tables():
-        found = table.coefficients()
-        assert found.dtype == np.float32
-        assert found.shape == (len(table), 8)
-        for row, step in zip(found, table, strict=True):
+        coefficients = table.coefficients()
+        assert coefficients.dtype == np.float32
+        assert coefficients.shape == (len(table), 8)
+        for row, step in zip(coefficients, table, strict=True):
             assert row.tolist() == [float(np.float32(getattr(step, name))) for name in COLUMNS]
 
 

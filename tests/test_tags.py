@@ -38,13 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> hs.Engine:
-    made = tiny_engine("sd15")
-    made.attach(folder / "ink.safetensors", 0.5)
-    made.attach(folder / "voice.safetensors", 0.0)
-    return made
+    engine_ = tiny_engine("sd15")
+    engine_.attach(folder / "ink.safetensors", 0.5)
+    engine_.attach(folder / "voice.safetensors", 0.0)
+    return engine_
 
 
-def drawn(engine: hs.Engine, prompts: Any, **options: Any) -> Tensor:
+def latents(engine: hs.Engine, prompts: Any, **options: Any) -> Tensor:
     return engine.sample(prompts, plan=PLAN, seeds=3, **options).latents
 
 
@@ -95,20 +95,20 @@ def test_tags_that_cannot_act_are_refused(engine: hs.Engine, typed: str, message
 
 def test_each_image_has_the_strength_that_its_prompt_says(engine: hs.Engine) -> None:
     prompts = ["cat <lora:ink:2>", "cat", "cat <lora:voice:1:0.5>"]
-    together = drawn(engine, prompts)
+    together = latents(engine, prompts)
     calls: list[dict[str, Any]] = [
         {"ink": 2.0},
         {},
         {"voice": hs.Strength(0.5, text=1.0)},
     ]
     for image, strengths in enumerate(calls):
-        alone = drawn(engine, "cat", adapters={"ink": 0.5, "voice": 0.0} | strengths)[0]
+        alone = latents(engine, "cat", adapters={"ink": 0.5, "voice": 0.0} | strengths)[0]
         assert far(together[image], alone) < 1e-4
         assert image == 1 or far(together[image], together[1]) > 1e-3
 
 
 def test_a_tag_of_a_part_by_level_acts_on_its_rows(engine: hs.Engine) -> None:
-    done = drawn(engine, "cat <lora:ink:2><lora:voice:1> -> cat at the hand-off")
+    done = latents(engine, "cat <lora:ink:2><lora:voice:1> -> cat at the hand-off")
     rows = [[2.0], [2.0], [0.5], [0.5]], [[1.0], [1.0], [0.0], [0.0]]
     strengths = {"ink": rows[0], "voice": hs.Strength(rows[1], text=1.0)}  # type: ignore[arg-type]
     first = engine.begin("cat", plan=PLAN, seeds=3, adapters=strengths)
@@ -149,8 +149,8 @@ def test_a_merged_adapter_has_one_strength_for_all_images(tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "sum.safetensors")
     engine = tiny_engine("sd15")
     engine.attach(tmp_path / "sum.safetensors", 0.5)
-    held = engine.adapters.now()["sum"]
-    assert not held.report.live
+    adapter = engine.adapters.now()["sum"]
+    assert not adapter.report.live
     engine.iterate(["cat <lora:sum:0.5>", "the"], plan=PLAN)
     with pytest.raises(hs.InputError, match=r"at strength 0\.5, .* prompts have <lora:sum:2:2>: w"):
         engine.iterate("cat <lora:sum:2>", plan=PLAN)

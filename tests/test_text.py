@@ -87,8 +87,8 @@ def test_sdxl_reads_both_penultimate_states_and_the_projected_end(
     text = ClipText(pair, words, image_size=1024)
     cond = text.encode(["the cat", "a"])
     outs = [
-        reference(made)(ids, output_hidden_states=True)
-        for made, ids in zip(pair, text.ids(["the cat", "a"]), strict=True)
+        reference(part)(ids, output_hidden_states=True)
+        for part, ids in zip(pair, text.ids(["the cat", "a"]), strict=True)
     ]
     want = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
     torch.testing.assert_close(cond.context, want)
@@ -141,8 +141,8 @@ def test_a_negative_each_and_a_second_text_each(words: ClipTokenizer, pair: list
     cond, uncond = text.encode(
         ["a", "b"], ["cat", None], second=["the", "the cat"], negative_second=["b", None]
     )
-    for made, first, second in ((cond, "a", "the"), (uncond, "cat", "b")):
-        left, right = text.encode([first, second]), made
+    for part, first, second in ((cond, "a", "the"), (uncond, "cat", "b")):
+        left, right = text.encode([first, second]), part
         assert left.pooled is not None and right.pooled is not None
         torch.testing.assert_close(right.context[0, :, :32], left.context[0, :, :32])
         torch.testing.assert_close(right.context[0, :, 32:], left.context[1, :, 32:])
@@ -284,5 +284,5 @@ def test_weights_are_of_their_tokens_and_begin_and_end_have_none(
     torch.testing.assert_close(comfyui, empty + w * (z - empty))
     a1111 = text.encode(["the (cat:1.5) a"], style="a1111").context[0]
     for part in (slice(0, 32), slice(32, 72)):  # a mean for each encoder
-        own = z[:, part]
-        torch.testing.assert_close(a1111[:, part], own * w * own.mean() / (own * w).mean())
+        part_ = z[:, part]
+        torch.testing.assert_close(a1111[:, part], part_ * w * part_.mean() / (part_ * w).mean())

@@ -47,7 +47,7 @@ def engine() -> hs.Engine:
     return tiny_engine("sd15")
 
 
-def _drawn(engine: hs.Engine, prompts: Any = "a cat", **options: Any) -> Tensor:
+def _latents(engine: hs.Engine, prompts: Any = "a cat", **options: Any) -> Tensor:
     return engine.sample(prompts, plan=PLAN, seeds=3, **options).latents
 
 
@@ -55,7 +55,7 @@ def _afresh(engine: hs.Engine, prompts: Any = "a cat", **options: Any) -> Tensor
     """With nothing kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "0")
-        return _drawn(engine, prompts, **options)
+        return _latents(engine, prompts, **options)
 
 
 def _normal(*shape: int) -> Tensor:
@@ -71,9 +71,9 @@ def _lora(path: Path, layer: str, out: int, scale: float = 1.0) -> Path:
 def test_a_text_is_encoded_once_and_the_bits_are_those_of_encoding_it_again(
     engine: hs.Engine, encodings: Encodings
 ) -> None:
-    first = _drawn(engine)
-    assert torch.equal(_drawn(engine), first)
-    assert torch.equal(_drawn(engine.with_runner("eager"), "a cat"), first)
+    first = _latents(engine)
+    assert torch.equal(_latents(engine), first)
+    assert torch.equal(_latents(engine.with_runner("eager"), "a cat"), first)
     assert len(encodings) == 1
     assert torch.equal(_afresh(engine), first)
     assert len(encodings) == 2
@@ -89,7 +89,7 @@ BOTH: list[tuple[Any, dict[str, Any]]] = [
     ("a (cat:1.5)", {"style": "a1111"}),
     ("a (cat:1.5)", {"style": "comfyui"}),
 ]
-OWN: list[tuple[Any, dict[str, Any]]] = [
+DIFFERENT: list[tuple[Any, dict[str, Any]]] = [
     ("a cat", {"size": 24}),
     ("a cat", {"original_size": (20, 20)}),
     ("a cat", {"crop": (4, 0)}),
@@ -101,17 +101,17 @@ OWN: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(
     ("family", "prompts", "options"),
-    [*(("sd15", *one) for one in BOTH), *(("sdxl", *one) for one in (*BOTH, *OWN))],
+    [*(("sd15", *one) for one in BOTH), *(("sdxl", *one) for one in (*BOTH, *DIFFERENT))],
 )
 def test_whatever_is_asked_differently_is_encoded(
     family: str, prompts: Any, options: dict[str, Any], encodings: Encodings
 ) -> None:
     engine = tiny_engine(family)
-    _drawn(engine)
-    found = _drawn(engine, prompts, **options)
-    assert torch.equal(_drawn(engine, prompts, **options), found)
+    _latents(engine)
+    latents = _latents(engine, prompts, **options)
+    assert torch.equal(_latents(engine, prompts, **options), latents)
     assert len(encodings) == 2
-    assert torch.equal(_afresh(engine, prompts, **options), found)
+    assert torch.equal(_afresh(engine, prompts, **options), latents)
 
 
 def test_what_a_caller_writes_to_is_not_kept(
@@ -119,7 +119,7 @@ def test_what_a_caller_writes_to_is_not_kept(
 ) -> None:
     from headstart.engine import denoising
 
-    first, encode = _drawn(engine), denoising.encode
+    first, encode = _latents(engine), denoising.encode
 
     def spoiled(*args: Any) -> Any:
         cond, uncond = encode(*args)
@@ -129,9 +129,9 @@ def test_what_a_caller_writes_to_is_not_kept(
         return cond, uncond
 
     monkeypatch.setattr(denoising, "encode", spoiled)
-    assert not torch.equal(_drawn(engine), first)
+    assert not torch.equal(_latents(engine), first)
     monkeypatch.undo()
-    assert torch.equal(_drawn(engine), first)
+    assert torch.equal(_latents(engine), first)
 
 
 def _written(text: nn.Module) -> None:
@@ -165,13 +165,13 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 def test_changed_encoders_encode_again(
     change: str, engine: hs.Engine, encodings: Encodings
 ) -> None:
-    first = _drawn(engine)
+    first = _latents(engine)
     CHANGES[change](engine.weights.text)
-    second = _drawn(engine)
+    second = _latents(engine)
     assert len(encodings) == 2 and not torch.equal(first, second)
     assert torch.equal(_afresh(engine), second)
     for _ in range(3):  # and what they encode now is kept
-        assert torch.equal(_drawn(engine), second)
+        assert torch.equal(_latents(engine), second)
     assert len(encodings) <= 4
 
 
@@ -192,13 +192,13 @@ ACTS: dict[str, Callable[[Any, list[float]], object]] = {
 @pytest.mark.parametrize("act", ACTS)
 def test_encoders_that_somebody_acts_on_encode_every_time(act: str, engine: hs.Engine) -> None:
     factor, text = [1.5], cast("Any", engine.weights.text)
-    made = [_drawn(engine)]
+    latents = [_latents(engine)]
     ACTS[act](text.towers[0].text_model.encoder.layers[0].mlp.fc1, factor)
-    made.append(_drawn(engine))
+    latents.append(_latents(engine))
     factor[0] = 0.5
-    made.append(_drawn(engine))
-    assert not any(torch.equal(a, b) for a, b in combinations(made, 2))
-    assert torch.equal(_afresh(engine), made[-1])
+    latents.append(_latents(engine))
+    assert not any(torch.equal(a, b) for a, b in combinations(latents, 2))
+    assert torch.equal(_afresh(engine), latents[-1])
 
 
 def test_encoders_that_wait_elsewhere_are_brought_for_an_encoding_alone(
@@ -215,21 +215,21 @@ def test_encoders_that_wait_elsewhere_are_brought_for_an_encoding_alone(
         yield
 
     text = engine.weights.text
-    first = _drawn(engine)
+    first = _latents(engine)
     vars(text.towers[0])["in_place"] = bring
     for _ in range(3):
-        assert torch.equal(_drawn(engine), first)
+        assert torch.equal(_latents(engine), first)
     assert len(brought) == 1 and len(encodings) == 2
-    _drawn(engine, "a dog")
+    _latents(engine, "a dog")
     assert len(brought) == 2
     assert torch.equal(_afresh(engine), first) and len(brought) == 3
 
 
 def test_what_is_written_through_data_is_seen_after_clear(engine: hs.Engine) -> None:
-    first = _drawn(engine)
+    first = _latents(engine)
     next(engine.weights.text.parameters()).data.mul_(1.5)
     text_cache_of(engine.weights.text).clear()
-    assert not torch.equal(_drawn(engine), first)
+    assert not torch.equal(_latents(engine), first)
 
 
 @pytest.mark.parametrize("form", ["lora", "loha"])
@@ -243,27 +243,27 @@ def test_an_adapter_of_the_text_is_heard_at_every_strength(
         tensors |= {f"{TO_Q}.hada_{n}": _normal(32 if s[0] == 48 else 2, s[1])
                     for n, s in halves.items()}  # fmt: skip
         save_file(tensors, path)
-    plain = _drawn(engine)
+    plain = _latents(engine)
     engine.attach(path, 1.0, name="voice")
-    seen = [plain]
+    results = [plain]
     for strength in (1.0, 0.5, 1.0, 2.0):
         engine.adapters["voice"].strength = strength
-        seen.append(_drawn(engine))
-        assert torch.equal(_drawn(engine), seen[-1])
-        assert torch.equal(_afresh(engine), seen[-1])
-    assert torch.equal(seen[1], seen[3])
-    assert len({bytes(one.numpy()) for one in seen}) == 4
+        results.append(_latents(engine))
+        assert torch.equal(_latents(engine), results[-1])
+        assert torch.equal(_afresh(engine), results[-1])
+    assert torch.equal(results[1], results[3])
+    assert len({bytes(one.numpy()) for one in results}) == 4
     engine.detach("voice")
-    assert torch.equal(_drawn(engine), plain)
+    assert torch.equal(_latents(engine), plain)
 
 
 def test_an_adapter_that_is_swapped_in_place_is_heard(engine: hs.Engine, tmp_path: Path) -> None:
     one = _lora(tmp_path / "one.safetensors", FC1, 48)
     other = _lora(tmp_path / "other.safetensors", FC1, 48, scale=-2.0)
     engine.attach(one, name="voice")
-    first = _drawn(engine)
+    first = _latents(engine)
     assert engine.attach(other, name="voice", replace=True).in_place
-    second = _drawn(engine)
+    second = _latents(engine)
     assert not torch.equal(first, second)
     assert torch.equal(_afresh(engine), second)
 
@@ -279,55 +279,57 @@ def test_an_interrupted_network_leaves_its_adapters_to_nobody(
     text = engine.weights.text
     engine.attach(_lora(tmp_path / "a.safetensors", FC1, 48, scale=3.0))
     engine.attach(_lora(tmp_path / "b.safetensors", TO_Q, 32))
-    before, drawn = text.encode(["a cat"]).context, _drawn(engine)
+    before, latents = text.encode(["a cat"]).context, _latents(engine)
     handle = cast("Any", engine.denoisers["base"]).conv_out.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        _drawn(engine)
+        _latents(engine)
     handle.remove()
     assert torch.equal(text.encode(["a cat"]).context, before)
-    assert torch.equal(_drawn(engine), drawn)
+    assert torch.equal(_latents(engine), latents)
 
 
 def test_strengths_of_one_call_are_told_apart(engine: hs.Engine, tmp_path: Path) -> None:
     engine.attach(_lora(tmp_path / "voice.safetensors", FC1, 48), 0.0)
-    found = [_drawn(engine, f"a cat <lora:voice:{strength}>") for strength in (0.0, 1.0, 2.0, 1.0)]
-    assert torch.equal(found[1], found[3])
-    assert len({bytes(one.numpy()) for one in found}) == 3
+    latents = [
+        _latents(engine, f"a cat <lora:voice:{strength}>") for strength in (0.0, 1.0, 2.0, 1.0)
+    ]
+    assert torch.equal(latents[1], latents[3])
+    assert len({bytes(one.numpy()) for one in latents}) == 3
 
 
 def test_an_adapter_of_the_unet_alone_does_not_encode_again(
     engine: hs.Engine, tmp_path: Path, encodings: Encodings
 ) -> None:
-    first = _drawn(engine)
+    first = _latents(engine)
     engine.attach(_lora(tmp_path / "ink.safetensors", TO_Q, 32))
     for strength in (1.0, 2.0):
         engine.adapters["ink"].strength = strength
-        assert not torch.equal(_drawn(engine), first)
+        assert not torch.equal(_latents(engine), first)
     assert len(encodings) == 1
 
 
 def test_the_least_recently_used_goes_first(
     engine: hs.Engine, encodings: Encodings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _drawn(engine)
-    kept = text_cache_of(engine.weights.text)
-    one = kept.size_bytes
+    _latents(engine)
+    cache = text_cache_of(engine.weights.text)
+    one = cache.size_bytes
     assert one == 2 * 16 * 32 * 4  # cond and uncond of 16 tokens
     monkeypatch.setenv(VARIABLE, str(2.5 * one / 1e6))
     for prompt in ("a dog", "a cat", "the cat", "a cat"):
-        _drawn(engine, prompt)
+        _latents(engine, prompt)
     assert [texts[0] for texts in encodings] == ["a cat", "a dog", "the cat"]
-    assert len(kept) == 2 and kept.size_bytes == 2 * one
-    _drawn(engine, "a dog")
+    assert len(cache) == 2 and cache.size_bytes == 2 * one
+    _latents(engine, "a dog")
     assert len(encodings) == 4
     monkeypatch.setenv(VARIABLE, str(0.5 * one / 1e6))
-    _drawn(engine, "the")
-    assert len(kept) == 0
+    _latents(engine, "the")
+    assert len(cache) == 0
 
 
 def test_weights_are_freed_with_their_engine() -> None:
     engine = tiny_engine("sd15")
-    _drawn(engine)
+    _latents(engine)
     gone = weakref.ref(engine.weights.text.towers[0])
     del engine
     gc.collect()
@@ -337,10 +339,13 @@ def test_weights_are_freed_with_their_engine() -> None:
 def test_threads_share_what_is_kept_and_each_gets_its_own(engine: hs.Engine) -> None:
     prompts = ["a cat", "a dog", "the cat"]
     expected = {prompt: _afresh(engine, prompt) for prompt in prompts}
-    asked = [prompts[(start + turn) % 3] for start in range(3) for turn in range(4)]
+    requests = [prompts[(start + turn) % 3] for start in range(3) for turn in range(4)]
     with ThreadPoolExecutor(3) as threads:
-        found = list(threads.map(lambda prompt: _drawn(engine, prompt), asked))
-    assert all(torch.equal(own, expected[prompt]) for prompt, own in zip(asked, found, strict=True))
+        latents = list(threads.map(lambda prompt: _latents(engine, prompt), requests))
+    assert all(
+        torch.equal(actual, expected[prompt])
+        for prompt, actual in zip(requests, latents, strict=True)
+    )
     assert len(text_cache_of(engine.weights.text)) == 3
 
 
@@ -350,14 +355,14 @@ def test_who_watches_operators_or_counts_no_versions_gets_an_encoding(
     from torch.utils.flop_counter import FlopCounterMode
 
     engine = tiny_engine("sd15")
-    _drawn(engine)
+    _latents(engine)
     with FlopCounterMode(display=False):
-        _drawn(engine)
+        _latents(engine)
     assert len(encodings) == 2
     with torch.inference_mode():
         unseen = tiny_engine("sd15")
         for _ in range(2):
-            _drawn(unseen)
+            _latents(unseen)
     assert len(encodings) == 4
 
 

@@ -32,16 +32,16 @@ def test_a_limit_is_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_encoder_that_is_changed_while_it_encodes_keeps_nothing(engine: hs.Engine) -> None:
     text = engine.weights.text
-    kept = TextCache(text)
+    cache = TextCache(text)
 
     def encode() -> Any:
-        made = text.encode(["a cat"])
+        encodings = text.encode(["a cat"])
         with torch.no_grad():
             next(text.parameters()).mul_(1.5)
-        return made, None
+        return encodings, None
 
-    kept.find("key", encode)
-    assert len(kept) == 0
+    cache.find("key", encode)
+    assert len(cache) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -52,23 +52,23 @@ def _threads() -> Iterator[None]:
 
 
 def test_settings_that_change_the_rounding_encode_again(engine: hs.Engine) -> None:
-    made: list[Any] = []
-    kept = TextCache(engine.weights.text)
+    calls: list[Any] = []
+    cache = TextCache(engine.weights.text)
 
     def encode() -> Any:
-        made.append((Conditioning(torch.zeros(1, 2, 3)), None))
-        return made[-1]
+        calls.append((Conditioning(torch.zeros(1, 2, 3)), None))
+        return calls[-1]
 
     torch.set_num_threads(1)
-    assert kept.find("key", encode) is kept.find("key", encode)
+    assert cache.find("key", encode) is cache.find("key", encode)
     torch.set_num_threads(2)
-    kept.find("key", encode)
-    assert len(made) == 2
+    cache.find("key", encode)
+    assert len(calls) == 2
     with torch.autocast("cpu", torch.bfloat16):
-        kept.find("key", encode)
-    assert len(made) == 3
+        cache.find("key", encode)
+    assert len(calls) == 3
     with torch.inference_mode():
-        kept.find("key", encode)
-    assert len(made) == 4
+        cache.find("key", encode)
+    assert len(calls) == 4
     torch.set_num_threads(1)
-    assert kept.find("key", encode) is made[0]
+    assert cache.find("key", encode) is calls[0]

@@ -25,7 +25,7 @@ def sd15() -> hs.Engine:
     return tiny_engine("sd15")
 
 
-def drawn(engine: hs.Engine, prompts: Any = "cat", **options: Any) -> Tensor:
+def latents(engine: hs.Engine, prompts: Any = "cat", **options: Any) -> Tensor:
     return engine.sample(prompts, plan=PLAN, **options).latents
 
 
@@ -35,20 +35,20 @@ def far(one: Tensor, other: Tensor) -> float:
 
 def test_a_negative_prompt_of_each_image_is_that_of_the_image_alone(sdxl: hs.Engine) -> None:
     texts = ["the", None, "", "cat"]
-    together = drawn(sdxl, seeds=range(4), negative=texts)
+    together = latents(sdxl, seeds=range(4), negative=texts)
     for seed, text in enumerate(texts):
-        assert far(together[seed], drawn(sdxl, seeds=seed, negative=text)[0]) < 1e-4
+        assert far(together[seed], latents(sdxl, seeds=seed, negative=text)[0]) < 1e-4
 
 
 def test_no_negative_prompt_is_zeros_for_sdxl_and_an_empty_one_is_encoded(
     sdxl: hs.Engine, sd15: hs.Engine
 ) -> None:
     zeros = hs.Conditioning(torch.zeros(1, 16, 72), torch.zeros(1, 24))
-    assert far(drawn(sdxl), drawn(sdxl, uncond=zeros)) < 1e-5
+    assert far(latents(sdxl), latents(sdxl, uncond=zeros)) < 1e-5
     _, encoded = sdxl.text.encode(["cat"], "", size=16)
-    assert far(drawn(sdxl, negative=""), drawn(sdxl, uncond=encoded)) < 1e-5
-    assert far(drawn(sdxl, negative=""), drawn(sdxl)) > 1e-3
-    assert torch.equal(drawn(sd15, negative=""), drawn(sd15))
+    assert far(latents(sdxl, negative=""), latents(sdxl, uncond=encoded)) < 1e-5
+    assert far(latents(sdxl, negative=""), latents(sdxl)) > 1e-3
+    assert torch.equal(latents(sd15, negative=""), latents(sd15))
 
 
 def test_one_prompt_and_seed_with_two_negatives_are_two_images(sdxl: hs.Engine) -> None:
@@ -75,9 +75,9 @@ def test_one_prompt_and_seed_with_two_negatives_are_two_images(sdxl: hs.Engine) 
 def test_what_was_asked_in_words_is_in_the_record_and_replays(
     sdxl: hs.Engine, options: dict[str, Any]
 ) -> None:
-    usual = drawn(sdxl, seeds=range(3))
-    own = {"prompts": "cat"} | options
-    done = sdxl.sample(plan=PLAN, seeds=range(3), **own)
+    usual = latents(sdxl, seeds=range(3))
+    options_ = {"prompts": "cat"} | options
+    done = sdxl.sample(plan=PLAN, seeds=range(3), **options_)
     assert far(done.latents, usual) > 1e-5
     again = hs.replay(done.record(), sdxl.with_reading("comfyui", 1))
     assert torch.equal(again.latents, done.latents)
@@ -88,9 +88,9 @@ def test_an_engine_that_reads_another_way_does_so_where_a_call_says_nothing(
     sdxl: hs.Engine,
 ) -> None:
     other = sdxl.with_reading("a1111", 3)
-    own = other.sample("(cat:2)", plan=PLAN)
-    assert own.reading == {"style": "a1111", "clip_skip": 3}
-    assert torch.equal(own.latents, drawn(sdxl, "(cat:2)", style="a1111", clip_skip=3))
+    trajectory = other.sample("(cat:2)", plan=PLAN)
+    assert trajectory.reading == {"style": "a1111", "clip_skip": 3}
+    assert torch.equal(trajectory.latents, latents(sdxl, "(cat:2)", style="a1111", clip_skip=3))
     with pytest.warns(UserWarning, match="weight"):
         assert other.sample("(cat:2)", plan=PLAN, style="plain").reading == {"clip_skip": 3}
 
@@ -114,12 +114,12 @@ def test_each_row_is_told_the_text_of_its_level(sdxl: hs.Engine) -> None:
     for row in expected:
         call = run.call
         assert call is not None
-        for own, text in zip(call.cond.context[-3:], row.split(), strict=True):
-            assert torch.allclose(own, by_text[text], atol=1e-5)
+        for context, text in zip(call.cond.context[-3:], row.split(), strict=True):
+            assert torch.allclose(context, by_text[text], atol=1e-5)
         run.advance(sdxl.denoisers[call.model](call.x_in, call.timestep, call.cond))
-    together = drawn(sdxl, prompts)
+    together = latents(sdxl, prompts)
     for image, prompt in enumerate(prompts):
-        assert far(together[image], drawn(sdxl, prompt)[0]) < 1e-4
+        assert far(together[image], latents(sdxl, prompt)[0]) < 1e-4
 
 
 def test_texts_by_level_of_several_lengths_share_a_server_with_others(sdxl: hs.Engine) -> None:
@@ -132,14 +132,14 @@ def test_texts_by_level_of_several_lengths_share_a_server_with_others(sdxl: hs.E
     while batch:
         assert all(served.error is None for served in batch.step())
     for run, prompt in zip(runs, prompts, strict=True):
-        assert far(run.state.x, drawn(sdxl, prompt, seeds=5)) < 1e-4
+        assert far(run.state.x, latents(sdxl, prompt, seeds=5)) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["cads:0.2", "embedding-noise:1", "select:2"])
 def test_methods_act_on_the_text_of_each_row(sdxl: hs.Engine, method: str) -> None:
     prompt = "cat -> the at the hand-off"
     one = sdxl.sample(prompt, plan=PLAN, seeds=[1, 2], diversify=method)
-    assert far(one.latents, drawn(sdxl, prompt, seeds=[1, 2])) > 1e-4
+    assert far(one.latents, latents(sdxl, prompt, seeds=[1, 2])) > 1e-4
     assert torch.equal(hs.replay(one.record(), sdxl).latents, one.latents)
 
 
@@ -154,7 +154,7 @@ def test_a_run_by_level_branches_with_its_texts(sdxl: hs.Engine) -> None:
 
 def test_graph_runners_capture_each_length_and_give_the_same_bits(sdxl: hs.Engine) -> None:
     prompt = f"cat -> {'cat ' * 30} at the hand-off"
-    assert torch.equal(drawn(sdxl.with_runner("replay"), prompt), drawn(sdxl, prompt))
+    assert torch.equal(latents(sdxl.with_runner("replay"), prompt), latents(sdxl, prompt))
 
 
 def test_a_record_of_the_first_format_has_letters_alone_and_no_empty_negative(
@@ -217,10 +217,10 @@ def test_texts_that_cannot_be_used_are_refused(
 def test_texts_of_any_two_lengths_share_a_call(sd15: hs.Engine) -> None:
     """5 and 7, 16 and 19 pieces; what cannot is refused before anything runs."""
     some, more = ("cat " * (14 * pieces) for pieces in (16, 19))
-    alone = drawn(sd15, some)
-    assert far(drawn(sd15, [some, more], batch=1)[:1], alone) < 1e-4
-    drawn(sd15, some, negative=more)
-    drawn(sd15, f"{some} -> {more} at the hand-off")
+    alone = latents(sd15, some)
+    assert far(latents(sd15, [some, more], batch=1)[:1], alone) < 1e-4
+    latents(sd15, some, negative=more)
+    latents(sd15, f"{some} -> {more} at the hand-off")
     lengths = ["cat " * (14 * pieces) for pieces in (5, 7, 8, 9)]
     with pytest.raises(hs.InputError, match=r"5, 7, 8, 9 pieces .* \(in a sweep a smaller --batch"):
         sd15.iterate(lengths, plan=PLAN)

@@ -37,10 +37,10 @@ TWO = ClipParams(width=40, layers=2, heads=5, mlp_width=56, act="gelu", projecti
 
 def tower(params: ClipParams, rule: TextRule) -> Tower:
     torch.manual_seed(0)
-    made = Tower(params, rule).requires_grad_(False).eval()
-    for tensor in made.state_dict().values():
+    network = Tower(params, rule).requires_grad_(False).eval()
+    for tensor in network.state_dict().values():
         tensor += 0.1 * torch.randn_like(tensor)
-    return made
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +101,13 @@ def test_learned_vectors_encode_as_rows_of_a_longer_table(double: ClipText) -> N
     ours = grown.encode(["b <cat>, a", "a b"])
     contexts: list[Tensor] = []
     rows = len(VOCABULARY)
-    for ids, tower, own in zip(
+    for ids, tower, token in zip(
         grown.ids(["b <cat>, a", "a b"]), double.towers, vectors, strict=True
     ):
         assert isinstance(tower, Tower)
         longer = deepcopy(tower)
         table = longer.text_model.embeddings.token_embedding
-        table.weight = nn.Parameter(torch.cat([table.weight, vectors[own]]), requires_grad=False)
+        table.weight = nn.Parameter(torch.cat([table.weight, vectors[token]]), requires_grad=False)
         beyond = ids.where(ids >= 0, rows - 1 - ids)
         assert beyond.max() == rows + 1
         contexts.append(longer(beyond)[0])

@@ -76,16 +76,16 @@ def course(levels: list[float], good: list[bool] | None = None) -> Course:
 def test_a_concept_appears_beyond_the_margin_and_is_dropped_only_when_it_falls_by_more(
     levels: list[float], appears: int | None, abandoned: int | None
 ) -> None:
-    found = course(levels)
-    assert found.beyond == pytest.approx(levels)
-    assert (found.appears, found.abandoned) == (appears, abandoned)
-    assert found.dropped == (abandoned is not None)
+    result = course(levels)
+    assert result.beyond == pytest.approx(levels)
+    assert (result.appears, result.abandoned) == (appears, abandoned)
+    assert result.dropped == (abandoned is not None)
 
 
 def test_a_step_without_a_picture_neither_shows_nor_drops_a_concept() -> None:
-    found = course([2, 2, 0, 2], [True, False, True, True])
-    assert np.isnan(found.beyond).tolist() == [False, True, False, False]
-    assert (found.appears, found.abandoned) == (0, None)
+    result = course([2, 2, 0, 2], [True, False, True, True])
+    assert np.isnan(result.beyond).tolist() == [False, True, False, False]
+    assert (result.appears, result.abandoned) == (0, None)
     assert course([2, 0, 0], [False, True, True]).appears is None
 
 
@@ -93,21 +93,21 @@ def test_a_phrase_that_the_control_shows_as_well_is_not_there() -> None:
     """A high score says nothing by itself: the first blur of one thing resembles another."""
     flat = np.full(8, 0.9)
     scores = {"a pumpkin": flat, **{name: np.zeros(8) for name in DECOYS}}
-    found = watch(
+    timeline = watch(
         pictures(0, 4, "a ladybug and a pumpkin"),
         ["a pumpkin"],
         {"a pumpkin": pictures(4, 4, "a ladybug")},
         table_scorer(scores),
     )
-    assert found.courses[0][0].appears is None
+    assert timeline.courses[0][0].appears is None
 
 
 def test_a_phrase_without_a_control_was_not_asked_for_and_is_never_there() -> None:
     scores = {"a dog": np.full(4, 9.0), **{name: np.zeros(4) for name in DECOYS}}
-    found = watch(pictures(0, 4, "a cat"), ["a dog"], {}, table_scorer(scores))
-    assert found.nulls == (None,)
-    assert found.courses[0][0].beyond.tolist() == [0, 0, 0, 0]
-    assert found.to_json([0], range(4))["controls"] == {"a dog": None}
+    timeline = watch(pictures(0, 4, "a cat"), ["a dog"], {}, table_scorer(scores))
+    assert timeline.nulls == (None,)
+    assert timeline.courses[0][0].beyond.tolist() == [0, 0, 0, 0]
+    assert timeline.to_json([0], range(4))["controls"] == {"a dog": None}
 
 
 def test_margins_follow_the_noise_level_and_keep_their_rate() -> None:
@@ -201,13 +201,13 @@ def test_the_json_counts_steps_of_the_plan_and_not_looked_at_rows() -> None:
     scores = {name: np.zeros(6) for name in DECOYS}
     scores |= {"a": np.array([0, 0, 2e-6, 0, 0, 0]), "b": np.zeros(6)}
     run, control = pictures(0, 3, "a b"), pictures(3, 3, "b")
-    found = watch(run, ["a", "b"], {"a": control}, table_scorer(scores))
-    document = found.to_json(seeds=[7], steps=[0, 10, 29])
+    timeline = watch(run, ["a", "b"], {"a": control}, table_scorer(scores))
+    document = timeline.to_json(seeds=[7], steps=[0, 10, 29])
     assert [(row["seed"], row["phrase"], row["appears"]) for row in document["courses"]] == [
         (7, "a", 29), (7, "b", None),
     ]  # fmt: skip
     assert document["controls"]["a"]["prompt"] == "b" and document["controls"]["a"]["unasked"] == 20
-    assert found.mean(0).tolist() == pytest.approx([0, 0, 2])
+    assert timeline.mean(0).tolist() == pytest.approx([0, 0, 2])
 
 
 def test_phrases_that_say_nothing_and_scores_that_are_none_are_refused() -> None:
@@ -250,8 +250,8 @@ def watched(seen: dict[str, DecodedRun], prompt: str, phrase: str, control: str)
 
 
 def test_what_a_prompt_asks_for_is_there(seen: dict[str, DecodedRun]) -> None:
-    found = [watched(seen, p, p, "") for p in map(phrase_of, NOUNS)]
-    there = [seed[0].appears is not None for timeline in found for seed in timeline.courses]
+    timelines = [watched(seen, p, p, "") for p in map(phrase_of, NOUNS)]
+    there = [seed[0].appears is not None for timeline in timelines for seed in timeline.courses]
     assert np.mean(there) > 0.8 and len(there) == 32
 
 
@@ -272,8 +272,10 @@ def test_what_nobody_asked_for_is_hardly_ever_there(seen: dict[str, DecodedRun])
             measured = ConceptScorer(
                 name=scorer.name, score=scorer.score, meaning=scorer.meaning, unasked=rest
             )
-            found = watch(seen[prompt], half, dict.fromkeys(half, seen[control]), measured).courses
-            wrong += [course.appears is not None for seed in found for course in seed]
+            courses = watch(
+                seen[prompt], half, dict.fromkeys(half, seen[control]), measured
+            ).courses
+            wrong += [course.appears is not None for seed in courses for course in seed]
     assert len(wrong) >= 600
     assert np.mean(wrong) < 0.05
 

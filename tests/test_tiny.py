@@ -35,15 +35,15 @@ def sequential(module: TinyDecoder | TinyEncoder) -> dict[str, Tensor]:
 
 
 def test_names_and_shapes_are_the_released_ones(shared: Path) -> None:
-    known = json.loads((shared / "manifests" / "taesd.json").read_text())["diffusers"]
+    layouts = json.loads((shared / "manifests" / "taesd.json").read_text())["diffusers"]
     with torch.device("meta"):
         halves = {"decoder": TinyDecoder(TinyParams()), "encoder": TinyEncoder(TinyParams())}
-    found = {
+    shapes = {
         f"{half}.{name}": list(tensor.shape)
         for half, module in halves.items()
         for name, tensor in module.state_dict().items()
     }
-    assert found == {name: shape for name, (_, shape) in known.items()}
+    assert shapes == {name: shape for name, (_, shape) in layouts.items()}
 
 
 @pytest.mark.parametrize("half", ["decoder", "encoder"])

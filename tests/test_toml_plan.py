@@ -102,8 +102,8 @@ def test_the_command_line_says_any_other_plan(
 ) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(TEXT)
-    own = planned(capsys, "--plan", str(path), "--preset", "lightning")
-    assert own.steps == PLAN.compile(SD).steps
+    output = planned(capsys, "--plan", str(path), "--preset", "lightning")
+    assert output.steps == PLAN.compile(SD).steps
     table = planned(capsys, "--preset", "lightning", "--handoff", "2", "--base-steps", "3")
     assert [step.model for step in table] == ["base"] * 3 + ["distilled"] * 2
     table = planned(

@@ -24,15 +24,15 @@ IDS = torch.tensor([[BOS_ID, 3, 5, EOS_ID, EOS_ID], [BOS_ID, EOS_ID, EOS_ID, EOS
 
 
 @contextmanager
-def layers_run(made: Tower) -> Iterator[list[str]]:
+def layers_run(encoder: Tower) -> Iterator[list[str]]:
     """The layers and norms that run inside, by the end of their name."""
     ran: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-        for name, module in made.named_modules()
+        for name, module in encoder.named_modules()
         if name.rpartition(".layers.")[2].isdecimal() or name.endswith("final_layer_norm")
     ]
-    names = {name: name.rpartition(".")[2] for name, _ in made.named_modules()}
+    names = {name: name.rpartition(".")[2] for name, _ in encoder.named_modules()}
     yield ran
     ran[:] = [names[name] for name in ran]
     for handle in handles:
@@ -53,25 +53,25 @@ def layers_run(made: Tower) -> Iterator[list[str]]:
 def test_a_layer_runs_once_and_only_where_something_reads_it(
     params: ClipParams, rule: TextRule, hidden: int | None, want: list[str]
 ) -> None:
-    made = tower(params, rule)
-    with layers_run(made) as ran:
-        made(IDS, hidden)
+    encoder = tower(params, rule)
+    with layers_run(encoder) as ran:
+        encoder(IDS, hidden)
     assert ran == want
 
 
 def test_a_pooled_text_has_the_same_bits_whichever_state_is_the_context() -> None:
-    made = tower(TWO, SECOND)
-    pooled = [made(IDS, hidden)[1] for hidden in (-1, -2, -3, -4)]
+    encoder = tower(TWO, SECOND)
+    pooled = [encoder(IDS, hidden)[1] for hidden in (-1, -2, -3, -4)]
     assert all(torch.equal(pooled[0], other) for other in pooled)
 
 
 def test_its_tensors_are_those_of_the_blueprint_and_it_has_no_buffer() -> None:
     for params, rule in ((ONE, FIRST), (TWO, SECOND)):
-        made = tower(params, rule)
-        shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+        encoder = tower(params, rule)
+        shapes = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
         assert shapes == blueprint.clip(params)
-        assert not list(made.buffers())
-        linear = [name for name, layer in made.named_modules() if type(layer) is nn.Linear]
+        assert not list(encoder.buffers())
+        linear = [name for name, layer in encoder.named_modules() if type(layer) is nn.Linear]
         assert len(linear) == 6 * params.layers + (params.projection is not None)
 
 
@@ -82,29 +82,29 @@ def test_ids_that_have_no_places_are_refused(ids: Tensor) -> None:
 
 
 def test_a_learned_vector_stands_where_its_id_does_and_takes_its_gradient() -> None:
-    made, learned = tower(ONE, FIRST), torch.randn(2, 32)
-    table = made.text_model.embeddings.token_embedding.weight
+    encoder, learned = tower(ONE, FIRST), torch.randn(2, 32)
+    table = encoder.text_model.embeddings.token_embedding.weight
     learned[1] = table[5]
     ids = IDS.clone()
     ids[0, 2] = -2
-    assert torch.equal(made(ids, token_vectors=learned)[0], made(IDS)[0])
-    assert torch.equal(made(IDS, token_vectors=torch.empty(0, 32))[0], made(IDS)[0])
+    assert torch.equal(encoder(ids, token_vectors=learned)[0], encoder(IDS)[0])
+    assert torch.equal(encoder(IDS, token_vectors=torch.empty(0, 32))[0], encoder(IDS)[0])
     learned.requires_grad_()
-    made(ids, token_vectors=learned)[0].sum().backward()
+    encoder(ids, token_vectors=learned)[0].sum().backward()
     assert learned.grad is not None
     assert learned.grad[0].eq(0).all() and learned.grad[1].ne(0).any()
 
 
-def _copied(made: Tower) -> Any:
-    return deepcopy(made)
+def _copied(encoder: Tower) -> Any:
+    return deepcopy(encoder)
 
 
-def _pickled(made: Tower) -> Any:
-    return pickle.loads(pickle.dumps(made))
+def _pickled(encoder: Tower) -> Any:
+    return pickle.loads(pickle.dumps(encoder))
 
 
 @pytest.mark.parametrize("again", [_copied, _pickled])
 def test_a_copy_reads_as_it_does(again: Any) -> None:
-    made = tower(TWO, SECOND)
-    for got, want in zip(again(made)(IDS), made(IDS), strict=True):
+    encoder = tower(TWO, SECOND)
+    for got, want in zip(again(encoder)(IDS), encoder(IDS), strict=True):
         assert torch.equal(got, want)

@@ -32,13 +32,13 @@ def test_trace_writes_each_format_and_the_documented_json(
     command = ["trace", "a fox", "--plan", "distilled,hybrid", "--seeds", "0,1"]
     assert main([*command, "--watch", "a fox", "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr()
-    found = json.loads(printed.out)
-    assert [plan["name"] for plan in found["plans"]] == ["distilled", "hybrid"]
-    assert found["plans"][1]["handoffs"] == [1]
-    assert found["plans"][0]["steps"][0]["amplification"] > 30
-    assert {"distance", "share", "spread"} <= set(found["plans"][0]["steps"][0])
+    report = json.loads(printed.out)
+    assert [plan["name"] for plan in report["plans"]] == ["distilled", "hybrid"]
+    assert report["plans"][1]["handoffs"] == [1]
+    assert report["plans"][0]["steps"][0]["amplification"] > 30
+    assert {"distance", "share", "spread"} <= set(report["plans"][0]["steps"][0])
     assert "keeping x0 of 8 steps x 4 images: 0.1 MB" in printed.err  # half of it the control's
-    assert found["plans"][0]["timeline"]["controls"]["a fox"]["prompt"] == ""
+    assert report["plans"][0]["timeline"]["controls"]["a fox"]["prompt"] == ""
     assert _left(tmp_path) == [out.name]
     if suffix == "html":
         assert out.read_text().startswith("<!doctype html>")
@@ -123,18 +123,18 @@ def test_a_trace_is_of_the_run_that_sample_makes_with_the_same_options(
     assert main(["sample", "a fox", *same, "--out", str(tmp_path / "run")]) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     engine = hs.Engine.demo(device="cpu")
-    seen: list[hs.Trajectory] = []
+    trajectories: list[hs.Trajectory] = []
     sample = hs.Engine.sample
 
     def keep(self: hs.Engine, *args: Any, **options: Any) -> hs.Trajectory:
-        seen.append(sample(self, *args, **options))
-        return seen[-1]
+        trajectories.append(sample(self, *args, **options))
+        return trajectories[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hs.Engine, "sample", keep)
         command = ["trace", "a fox", "--plan", "hybrid", *same]
         assert main([*command, "--out", str(tmp_path / "trace.png")]) == 0
-    assert torch.equal(seen[0].latents, hs.replay(record, engine).latents)
+    assert torch.equal(trajectories[0].latents, hs.replay(record, engine).latents)
 
 
 def test_options_go_to_the_plans_that_they_belong_to(
@@ -168,10 +168,10 @@ def test_every_step_that_is_asked_for_has_its_column(tmp_path: Path) -> None:
 def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, distilled = (str(headstart_weights.path(role)) for role in ("base", "distilled"))
     out = tmp_path / "trace.png"
-    own = ["--base", base, "--distilled", distilled, "--plan", "hybrid", "--seeds", "0"]
-    assert main(["trace", "a fox", *own, "--out", str(out), "--json"]) == 0
+    files = ["--base", base, "--distilled", distilled, "--plan", "hybrid", "--seeds", "0"]
+    assert main(["trace", "a fox", *files, "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decoder"] == "linear"
-    assert main(["trace", "a fox", *own, "--decoder", "tiny", "--out", str(out)]) == 2
+    assert main(["trace", "a fox", *files, "--decoder", "tiny", "--out", str(out)]) == 2
 
 
 @pytest.mark.parametrize(

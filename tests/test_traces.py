@@ -95,10 +95,10 @@ def test_a_control_that_is_no_twin_is_refused(
 
 
 def test_the_json_is_plain_and_the_text_has_a_line_a_step(traced: hs.Trace) -> None:
-    found = json.loads(json.dumps(traced.to_json(), allow_nan=False))
-    assert [plan["handoffs"] for plan in found["plans"]] == [[], [], [1]]
-    assert found["plans"][0]["passes"] == 16
-    assert len(found["plans"][1]["share_by_seed"]) == 4
+    document = json.loads(json.dumps(traced.to_json(), allow_nan=False))
+    assert [plan["handoffs"] for plan in document["plans"]] == [[], [], [1]]
+    assert document["plans"][0]["passes"] == 16
+    assert len(document["plans"][1]["share_by_seed"]) == 4
     assert len(str(traced).splitlines()) == 8 + 4 + 4 + 3 * (2 + 2) + 2
 
 
@@ -125,9 +125,9 @@ def test_in_an_animation_all_plans_are_at_one_noise_level(traced: hs.Trace) -> N
 
 
 def page_data(page: str) -> dict[str, Any]:
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    match = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
 
 
 def test_the_page_holds_every_picture_and_asks_for_nothing_from_elsewhere(
@@ -161,8 +161,8 @@ def test_the_page_says_what_a_change_moved_and_which_rows_ran_anew(engine: hs.En
     states: list[hs.State] = []
     run = engine.sample("a fox", seeds=1, keep_x0=True, on_step=states.append)
     other = hs.branch(engine, run, states[1], model="base")
-    found = hs.trace({"hybrid": run, "hybrid@2 · base": other}, hs.decoder(engine, "tiny"))
-    first, second = page_data(found.page())["plans"]
+    traces = hs.trace({"hybrid": run, "hybrid@2 · base": other}, hs.decoder(engine, "tiny"))
+    first, second = page_data(traces.page())["plans"]
     assert (first["from_step"], second["from_step"]) == (None, 2)
     assert first["moved"] is None and second["moved"][0] > 0
     assert [step["guidance"] for step in second["steps"]] == [1.0] * 4
@@ -208,17 +208,17 @@ def test_a_decoder_that_fails_for_a_step_is_reported_and_the_rest_is_there(
     run = runs["hybrid"]
     assert run.x0 is not None
     broken = failing_at(1, how, hs.decoder(engine, "tiny"), run.x0)
-    found = hs.trace({"hybrid": run}, broken, phrases=["a fox"])
-    (strip,) = found.strips
-    (problem,) = found.problems
+    traces = hs.trace({"hybrid": run}, broken, phrases=["a fox"])
+    (strip,) = traces.strips
+    (problem,) = traces.problems
     assert "hybrid, step 1: the tiny decoder" in problem
     assert np.flatnonzero(~strip.good[1]).tolist() == lost
     assert strip.good[[0, 2, 3]].all()
     assert np.array_equal(strip.final, run.rgb.numpy())
-    json.dumps(found.to_json(), allow_nan=False)
-    assert found.sheet().width > 100
-    assert page_data(found.page())["plans"][0]["images"][1][0] is None
-    found.animation()
+    json.dumps(traces.to_json(), allow_nan=False)
+    assert traces.sheet().width > 100
+    assert page_data(traces.page())["plans"][0]["images"][1][0] is None
+    traces.animation()
 
 
 def test_a_decoder_that_never_works_still_leaves_the_images(
@@ -228,19 +228,19 @@ def test_a_decoder_that_never_works_still_leaves_the_images(
         raise RuntimeError("out of memory")
 
     run = runs["hybrid"]
-    found = hs.trace([run], replace(hs.decoder(engine, "tiny"), draw=draw), phrases=["a fox"])
-    assert len(found.problems) == 4
-    assert np.array_equal(found.strips[0].final, run.rgb.numpy())
-    assert np.asarray(found.sheet()).std() > 10
-    json.dumps(found.to_json(), allow_nan=False)
+    traces = hs.trace([run], replace(hs.decoder(engine, "tiny"), draw=draw), phrases=["a fox"])
+    assert len(traces.problems) == 4
+    assert np.array_equal(traces.strips[0].final, run.rgb.numpy())
+    assert np.asarray(traces.sheet()).std() > 10
+    json.dumps(traces.to_json(), allow_nan=False)
 
 
 def test_other_families_are_compared_by_colour_and_need_a_scorer_of_their_own(
     runs: dict[str, hs.Trajectory],
 ) -> None:
     run = replace(runs["distilled"], lineage="sdxl")
-    found = hs.trace([run], linear_decoder("sdxl"))
-    assert found.space == "mean square difference of colours-16x16 features"
+    traces = hs.trace([run], linear_decoder("sdxl"))
+    assert traces.space == "mean square difference of colours-16x16 features"
     with pytest.raises(hs.InputError, match="--scorer FOLDER"):
         hs.trace([run], linear_decoder("sdxl"), phrases=["a cat"])
 
@@ -251,8 +251,8 @@ def test_every_nth_step_is_that_of_the_longest_plan(
     assert looked_at(30, 30, 4) == (0, 4, 8, 12, 16, 20, 24, 28, 29)
     assert looked_at(4, 30, 4) == (0, 1, 2, 3)
     assert looked_at(1, 1, 9) == (0,)
-    found = hs.trace(runs, hs.decoder(engine, "linear"), every=3, space=pixel_space(16, 16))
-    assert [strip.rows for strip in found.strips] == [(0, 3, 6, 7), (0, 1, 2, 3), (0, 1, 2, 3)]
+    traces = hs.trace(runs, hs.decoder(engine, "linear"), every=3, space=pixel_space(16, 16))
+    assert [strip.rows for strip in traces.strips] == [(0, 3, 6, 7), (0, 1, 2, 3), (0, 1, 2, 3)]
 
 
 def test_what_cannot_be_traced_is_one_clear_error(
@@ -278,8 +278,8 @@ def test_a_branch_is_traced_beside_its_origin(engine: hs.Engine) -> None:
     states: list[hs.State] = []
     run = engine.sample("a fox", seeds=1, keep_x0=True, on_step=states.append)
     other = hs.branch(engine, run, states[1], reseed=[7])
-    found = hs.trace({"hybrid": run, "again": other}, hs.decoder(engine, "tiny"))
-    first, second = found.strips
+    traces = hs.trace({"hybrid": run, "again": other}, hs.decoder(engine, "tiny"))
+    first, second = traces.strips
     assert (first.from_step, second.from_step) == (None, 2)
     assert np.array_equal(first.frames[:2], second.frames[:2])
     assert not np.array_equal(first.final, second.final)

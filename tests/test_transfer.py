@@ -143,13 +143,13 @@ def test_layouts_may_differ_and_the_distilled_models_own_is_written(tmp_path: Pa
 
 def separated(tensors: Tensors) -> Tensors:
     """The same encoder as transformers names it: q, k, v apart, the projection transposed."""
-    found: Tensors = {}
+    state: Tensors = {}
     for name, source in contents.sources("text", {name: name for name in tensors}).items():
         tensor = tensors[source.name]
         if source.op in ("q", "k", "v"):
             tensor = tensor.chunk(3)["qkv".index(source.op)]
-        found[name] = (tensor.T if source.op == "transpose" else tensor).clone()
-    return found
+        state[name] = (tensor.T if source.op == "transpose" else tensor).clone()
+    return state
 
 
 def test_fused_and_transposed_tensors_of_a_text_encoder_keep_their_places(tmp_path: Path) -> None:
@@ -295,9 +295,9 @@ def test_a_difference_of_that_rank_is_captured_whole_and_comes_back(
     done = extract(*paths, out(tmp_path), rank=3, naming=naming)
     assert done.energy == pytest.approx(1.0, abs=1e-12)
     assert {layer.module for layer in done.layers} == changed and not done.left_out
-    found = read_adapter(out(tmp_path)).resolve({"unet": layer_shapes(META)}).require()
-    assert {module for _, module in found.deltas} == changed and found.rank == 3
-    for (_, module), delta in found.deltas.items():
+    resolution = read_adapter(out(tmp_path)).resolve({"unet": layer_shapes(META)}).require()
+    assert {module for _, module in resolution.deltas} == changed and resolution.rank == 3
+    for (_, module), delta in resolution.deltas.items():
         assert isinstance(delta, LowRank)
         weight, expected = base[f"{module}.weight"], tuned[f"{module}.weight"]
         error = (merge(delta, weight, 1.0) - expected).abs().max()
@@ -313,11 +313,13 @@ def test_the_nearest_change_is_that_of_a_singular_value_decomposition(
     u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
     for rank in (1, 3, 100):
         delta, energy = nearest(change, rank)
-        kept = min(rank, len(s))
-        assert delta.rank == kept and delta.shape == shape
-        oracle = (u[:, :kept] * s[:kept]) @ v[:kept]
+        count = min(rank, len(s))
+        assert delta.rank == count and delta.shape == shape
+        oracle = (u[:, :count] * s[:count]) @ v[:count]
         assert (delta.up @ delta.down.flatten(1) - oracle).abs().max() <= 1e-12
-        assert energy == pytest.approx(float(s[:kept].square().sum() / s.square().sum()), abs=1e-12)
+        assert energy == pytest.approx(
+            float(s[:count].square().sum() / s.square().sum()), abs=1e-12
+        )
 
 
 def test_norms_and_biases_are_left_out_and_said_so(tmp_path: Path) -> None:
@@ -335,8 +337,8 @@ def test_strength_is_in_the_factors_and_halves_stay_halves(tmp_path: Path) -> No
     tuned = base | {"conv_in.weight": base["conv_in.weight"] + 1}
     paths = trio(tmp_path, base, tuned, weights(2))
     extract(*paths[:2], out(tmp_path), rank=1, strength=-2.0, distilled=paths[2])
-    found = read_adapter(out(tmp_path)).resolve({"unet": layer_shapes(META)})
-    (delta,) = found.deltas.values()
+    resolution = read_adapter(out(tmp_path)).resolve({"unet": layer_shapes(META)})
+    (delta,) = resolution.deltas.values()
     assert isinstance(delta, LowRank) and delta.down.dtype == torch.float16
     change = tuned["conv_in.weight"].double() - base["conv_in.weight"].double()
     assert (delta.weight() + 2 * change).abs().max() <= 2 * 2 * 2.0**-11 * 1.01

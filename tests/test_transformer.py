@@ -83,8 +83,8 @@ def test_adapters_on_joined_layers_act_as_on_layers_by_themselves(
 ) -> None:
     x, time, cond = (call[0].double(), call[1], call[2].to("cpu", torch.float64))
     unet.double()
-    own = _adapter(unet, *layers)
-    cond = replace(cond, adapters=own, strengths=torch.tensor([[0.0], [1.0]]))
+    adapters = _adapter(unet, *layers)
+    cond = replace(cond, adapters=adapters, strengths=torch.tensor([[0.0], [1.0]]))
     expected, without = (
         unet(x, time, cond),
         unet(x, time, replace(cond, strengths=torch.zeros(2, 1))),

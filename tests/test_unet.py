@@ -48,14 +48,14 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_names_and_shapes_are_those_of_the_full_size_file(shared: Path, arch: str) -> None:
-    known = json.loads((shared / "manifests" / f"unet_{arch}.json").read_text())
-    shapes = {name: tuple(shape) for name, (_, shape) in known["diffusers"].items()}
+    layouts = json.loads((shared / "manifests" / f"unet_{arch}.json").read_text())
+    shapes = {name: tuple(shape) for name, (_, shape) in layouts["diffusers"].items()}
     family = recognise({"unet": shapes}, {})
     assert family is not None
     with torch.device("meta"):
         unet = UNet(unet_params(shapes, family))
     assert {name: tuple(t.shape) for name, t in unet.state_dict().items()} == shapes
-    assert sum(t.numel() for t in unet.parameters()) == known["n_params"]
+    assert sum(t.numel() for t in unet.parameters()) == layouts["n_params"]
     widths = [stage.channels for stage in unet.params.down]
     heads = [unet.params.heads_of(width) for width in widths]
     assert heads == ([8] * len(widths) if family.lineage == "sd15" else [w // 64 for w in widths])
@@ -143,13 +143,13 @@ def test_weights_that_are_moved_are_laid_out_for_where_they_come(
     assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     assert joint_weights(unet._text_layers()) is not None
     assert joint_weights(unet._time_layers()) is not None
-    seen: list[bool] = []
+    flags: list[bool] = []
     unet.conv_out.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        lambda _, args: flags.append(args[0].is_contiguous(memory_format=torch.channels_last))
     )
     with fusion(True):
         unet(plain, torch.tensor(3.0), conditioning(2).to("cpu", torch.float32))
-    assert seen == [True], "images are channels-last from the first convolution to the last"
+    assert flags == [True], "images are channels-last from the first convolution to the last"
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 5)])

@@ -29,12 +29,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("arch", ["sd15", "sd21", "sdxl"])
 def test_names_and_shapes_are_those_of_the_full_size_file(shared: Path, arch: str) -> None:
-    known = json.loads((shared / "manifests" / f"vae_{arch}.json").read_text())
+    layouts = json.loads((shared / "manifests" / f"vae_{arch}.json").read_text())
     with torch.device("meta"):
         vae = Vae(VaeParams())
-    found = {name: list(tensor.shape) for name, tensor in vae.state_dict().items()}
-    assert found == {name: shape for name, (_, shape) in known["diffusers"].items()}
-    assert sum(tensor.numel() for tensor in vae.parameters()) == known["n_params"]
+    shapes = {name: list(tensor.shape) for name, tensor in vae.state_dict().items()}
+    assert shapes == {name: shape for name, (_, shape) in layouts["diffusers"].items()}
+    assert sum(tensor.numel() for tensor in vae.parameters()) == layouts["n_params"]
 
 
 @pytest.mark.parametrize("form", ["ldm", "diffusers", "vae", "vae-old", "vae-ldm"])
@@ -103,15 +103,15 @@ def test_on_a_gpu_norms_are_one_kernel_each_and_images_stay_channels_last() -> N
     with fake, torch.device(DEVICE):
         vae = Vae(VaeParams(encodes=False)).requires_grad_(False)
         latents = torch.empty(1, 4, 128, 128)
-    found: dict[bool | None, Counts] = {}
+    counts: dict[bool | None, Counts] = {}
     with fake:
         for parameter in vae.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.contiguous(memory_format=torch.channels_last)
         for on in (None, False):
             with fusion(on):
-                found[on] = counted(lambda: vae.decode(latents))
-    ours, plain = found[None], found[False]
+                counts[on] = counted(lambda: vae.decode(latents))
+    ours, plain = counts[None], counts[False]
     assert (ours.names["groupnorm_silu"], ours.copies, ours.operators) == (30, 0, 91)
     assert not {"silu", "native_group_norm"} & set(ours.names)
     assert (plain.names["native_group_norm"], plain.copies) == (30, 30)

@@ -43,50 +43,52 @@ def test_the_bundled_files_are_usable_and_load(name: str, small_tokenizer: Path)
 
 
 def without(*parts: str) -> Mutation:
-    return lambda held: {n: t for n, t in held.items() if not any(part in n for part in parts)}
+    return lambda tensors: {
+        n: t for n, t in tensors.items() if not any(part in n for part in parts)
+    }
 
 
 def with_(**more: Any) -> Mutation:
     named = {name.replace("__", "."): tensor for name, tensor in more.items()}
-    return lambda held: held | named
+    return lambda tensors: tensors | named
 
 
 def only(prefix: str, keep: str = "") -> Mutation:
-    return lambda held: {
-        n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix + keep)
+    return lambda tensors: {
+        n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix + keep)
     }
 
 
 def renamed(old: str, new: str) -> Mutation:
-    return lambda held: {n.replace(old, new, 1): t for n, t in held.items()}
+    return lambda tensors: {n.replace(old, new, 1): t for n, t in tensors.items()}
 
 
 def channels(count: int) -> Mutation:
-    def mutate(held: Tensors) -> Tensors:
+    def mutate(tensors: Tensors) -> Tensors:
         name = UNET + "input_blocks.0.0.weight"
-        more = torch.zeros(len(held[name]), count - 4, 3, 3, dtype=held[name].dtype)
-        return held | {name: torch.cat([held[name], more], 1)}
+        more = torch.zeros(len(tensors[name]), count - 4, 3, 3, dtype=tensors[name].dtype)
+        return tensors | {name: torch.cat([tensors[name], more], 1)}
 
     return mutate
 
 
-def narrowed(held: Tensors) -> Tensors:
+def narrowed(tensors: Tensors) -> Tensors:
     name = UNET + "time_embed.0.weight"
-    return held | {name: held[name].to(torch.float8_e4m3fnuz)}
+    return tensors | {name: tensors[name].to(torch.float8_e4m3fnuz)}
 
 
-def doubled(held: Tensors) -> Tensors:
-    inner = {n.removeprefix(UNET): t.clone() for n, t in held.items() if n.startswith(UNET)}
+def doubled(tensors: Tensors) -> Tensors:
+    inner = {n.removeprefix(UNET): t.clone() for n, t in tensors.items() if n.startswith(UNET)}
     return prefixed(inner, "module.") | prefixed(inner, "ema.")
 
 
-def misshapen(held: Tensors) -> Tensors:
+def misshapen(tensors: Tensors) -> Tensors:
     name = UNET + "time_embed.0.weight"
-    return held | {name: held[name].T.contiguous()}
+    return tensors | {name: tensors[name].T.contiguous()}
 
 
-def hollowed(held: Tensors) -> Tensors:
-    return {n: t[:0] if n.endswith("conv_out.weight") else t for n, t in held.items()}
+def hollowed(tensors: Tensors) -> Tensors:
+    return {n: t[:0] if n.endswith("conv_out.weight") else t for n, t in tensors.items()}
 
 
 MUTATIONS: dict[str, tuple[Mutation, str | None]] = {
@@ -200,9 +202,9 @@ def test_a_folder_with_a_bad_component_names_it(
 ) -> None:
     root = models["sdxl"].write("folder", tmp_path / "model")
     (file,) = (root / component).glob("*.safetensors")
-    held = load_file(file) | {"stranger": ONE}
+    tensors = load_file(file) | {"stranger": ONE}
     file.unlink()
-    save_file(held, file)
+    save_file(tensors, file)
     info = agreed(root, small_tokenizer)
     assert info is not None and any(component in problem for problem in info.problems)
     (other,) = (root / ("vae" if component != "vae" else "unet")).glob("*.safetensors")

@@ -31,11 +31,11 @@ from headstart.networks.vae import Vae
 
 def tiny(count: int, *halves: str) -> Tensors:
     params = TinyParams(width=8, blocks=(1, 1, 1, 1), latent_channels=count)
-    made: Tensors = {}
+    tensors: Tensors = {}
     for half in halves:
         module = TinyDecoder(params) if half == "decoder" else TinyEncoder(params)
-        made |= prefixed(weights(module), f"{half}.")
-    return made
+        tensors |= prefixed(weights(module), f"{half}.")
+    return tensors
 
 
 def flux_vae() -> Tensors:
@@ -158,9 +158,9 @@ def test_a_tiny_autoencoder_of_other_latents_is_refused(
 
 def test_leftovers_that_are_allowed_are_let_be(tmp_path: Path) -> None:
     path = single_file(random_unet(), random_vae(), tmp_path / "x.safetensors", **VAE_METADATA)
-    held = load_file(path) | {"control_model.out.weight": ONE, UNET + "odd.weight": ONE.clone()}
+    tensors = load_file(path) | {"control_model.out.weight": ONE, UNET + "odd.weight": ONE.clone()}
     path = tmp_path / "more.safetensors"
-    save_file(held, path, METADATA | VAE_METADATA)
+    save_file(tensors, path, METADATA | VAE_METADATA)
     with pytest.raises(CheckpointError, match=r"--allow 'control_model\.\*'"):
         load_unet(path)
     allow = ["control_model.*", "*.odd.weight"]
@@ -174,14 +174,14 @@ def test_leftovers_that_are_allowed_are_let_be(tmp_path: Path) -> None:
 # --------------------------------------------------------------------- files of the ground truth
 
 
-MADE = (
+FILES = (
     *(("sdxl", form) for form in ("ldm", "diffusers", "vae", "vae-old", "vae-ldm", "te1", "te2")),
     *((arch, "unet") for arch in ("lcm-sd15", "ssd-1b", "koala-700m")),
     ("sd15", "taesd-diffusers"),
 )
 
 
-@pytest.mark.parametrize(("arch", "form"), MADE)
+@pytest.mark.parametrize(("arch", "form"), FILES)
 def test_every_made_file_is_decided_alike(
     make_ckpt: Maker, small_tokenizer: Path, arch: str, form: str
 ) -> None:
@@ -225,8 +225,8 @@ def test_learned_tokens_that_people_met_are_named(shared: Path, tmp_path: Path) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), str(tmp_path)])
         runpy.run_path(str(script))
-    found = {path.stem: inspect_checkpoint(path).layout for path in tmp_path.iterdir()}
-    assert found == {"pti": "embedding", "xlti": "embedding", "bundle": "adapter"}
+    layouts = {path.stem: inspect_checkpoint(path).layout for path in tmp_path.iterdir()}
+    assert layouts == {"pti": "embedding", "xlti": "embedding", "bundle": "adapter"}
 
 
 def test_vectors_that_do_not_belong_together_are_no_embedding(tmp_path: Path) -> None:

@@ -143,5 +143,5 @@ def test_the_bundled_weights_are_found_where_they_are_installed(
         "import importlib.resources as r; room = r.files('headstart_weights'); "
         "print(*(f'{p.name}={len(p.read_bytes())}' for p in room.iterdir() if p.is_file()))"
     )
-    found = run(installed / "python", "-c", code, cwd=tmp_path).split()
-    assert {f"{path.name}={path.stat().st_size}" for path in weights} <= set(found)
+    paths = run(installed / "python", "-c", code, cwd=tmp_path).split()
+    assert {f"{path.name}={path.stat().st_size}" for path in weights} <= set(paths)

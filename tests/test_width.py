@@ -57,9 +57,9 @@ def test_a_plan_fits_its_terminal(
     assert max(map(len, whole.splitlines())) > 60
     monkeypatch.setenv("COLUMNS", "60")
     assert main(typed) == 0
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 60
-    assert set(whole.replace("-", "").split()) == set(shown.replace("-", "").split())
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 60
+    assert set(whole.replace("-", "").split()) == set(output.replace("-", "").split())
     assert main([*typed, "--json"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
 

@@ -15,12 +15,12 @@ from headstart.engine.devices import choose_device
 
 def gpu_engine(family: str, device: str = "cuda", runner: Any = "auto") -> hs.Engine:
     """As `Engine.load` leaves it, but for the files."""
-    place = choose_device(device)
+    device_ = choose_device(device)
     pair = tiny_engine(family).weights
     for module in (*pair.denoisers.values(), pair.vae, *pair.text.towers):
-        module.to(place)  # type: ignore[attr-defined]
+        module.to(device_)  # type: ignore[attr-defined]
     # The demo's plans are the shortest, and 16 px pictures have a scorer.
-    pair = replace(pair, device=place, preset="demo")
+    pair = replace(pair, device=device_, preset="demo")
     return hs.Engine(pair).with_runner(runner)
 
 

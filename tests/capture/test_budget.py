@@ -44,8 +44,8 @@ def passes(gpu: Any, calls: tuple[UNet, dict[str, tuple[Any, ...]]]) -> dict[str
 def test_such_a_network_may_be_captured(
     gpu: Any, calls: tuple[UNet, dict[str, tuple[Any, ...]]]
 ) -> None:
-    unet, given = calls
-    program, inputs = GraphRunner(unet, dtype=torch.float16).request(*given["later"])
+    unet, arguments = calls
+    program, inputs = GraphRunner(unet, dtype=torch.float16).request(*arguments["later"])
     report = audit(program.body, [inputs], fake=gpu.fake, declared=unet.parameters())
     assert report.findings == () and len(report.operators) > 1000
 
@@ -67,10 +67,10 @@ def test_layers_of_one_input_are_one_product_each(passes: dict[str, Counts]) -> 
 def test_no_image_is_turned(passes: dict[str, Counts]) -> None:
     """The 3 copies are of the timestep's and the sizes' embeddings; a kernel of a norm adds the
     timestep's shift, so what is added is 70 feed-forwards, 17 + 11 residuals, and the sizes'."""
-    for own in passes.values():
-        assert own.copies == 3 and own.names["clone"] == 0
-        assert own.names["add"] == 70 + 17 + 11 + 1
-        assert own.names["native_group_norm"] == 0 and own.names["silu"] == 3
+    for counts in passes.values():
+        assert counts.copies == 3 and counts.names["clone"] == 0
+        assert counts.names["add"] == 70 + 17 + 11 + 1
+        assert counts.names["native_group_norm"] == 0 and counts.names["silu"] == 3
 
 
 def test_a_pass_is_within_its_bytes(passes: dict[str, Counts]) -> None:

@@ -49,11 +49,11 @@ def test_a_pass_may_be_captured_and_widens_each_weight_once(gpu: Any, few: UNet)
     runner = GraphRunner(few)
     x, time = gpu.empty(2, *LATENT), gpu.empty(2, dtype=torch.int64)
     program, inputs = runner.request(x, time, gpu.words(2))
-    known = declared(few)
-    report = audit(program.body, [inputs, dict(inputs)], fake=gpu.fake, declared=known)
+    memory = declared(few)
+    report = audit(program.body, [inputs, dict(inputs)], fake=gpu.fake, declared=memory)
     assert runner.dtype == torch.float16 and report.findings == ()
     names = Counter(operator.name for operator in report.operators)
-    assert names["mul_"] == sum(own.dtype == FLOAT8 for own in few.parameters()) > 700
+    assert names["mul_"] == sum(parameter.dtype == FLOAT8 for parameter in few.parameters()) > 700
 
 
 def test_a_whole_run_may_be_captured(gpu: Any, few: UNet, sdxl: dict[str, Any]) -> None:
@@ -62,8 +62,8 @@ def test_a_whole_run_may_be_captured(gpu: Any, few: UNet, sdxl: dict[str, Any]) 
     with gpu.fake:
         options: Any = {"shape": LATENT, "uncond": gpu.words(1)}
         program, inputs = graph.request(table, gpu.words(1), Philox([3]), **options)
-    known = [*declared(few), *declared(sdxl["vae"])]
+    memory = [*declared(few), *declared(sdxl["vae"])]
     report = audit(
-        lambda inputs: program.body(dict(inputs)), [inputs], fake=gpu.fake, declared=known
+        lambda inputs: program.body(dict(inputs)), [inputs], fake=gpu.fake, declared=memory
     )
     assert report.findings == ()

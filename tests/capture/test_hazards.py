@@ -202,17 +202,17 @@ def test_a_clean_step_has_no_findings(gpu: Any) -> None:
 def test_a_planted_hazard_is_caught_where_it_was_planted(
     gpu: Any, hazard: Hazard, body: Callable[[Bench, int], object]
 ) -> None:
-    found = [f for f in Bench(gpu.fake).audit(body).findings if f.hazard is hazard]
-    assert found
+    findings = [f for f in Bench(gpu.fake).audit(body).findings if f.hazard is hazard]
+    assert findings
     first = body.__code__.co_firstlineno
     lines = range(first, first + 7)
-    assert all(f.where in {f"test_hazards.py:{line}" for line in lines} for f in found), found
-    assert hazard.value in str(found[0])
+    assert all(f.where in {f"test_hazards.py:{line}" for line in lines} for f in findings), findings
+    assert hazard.value in str(findings[0])
 
 
 def test_an_error_without_values_is_a_finding_and_not_a_crash(gpu: Any) -> None:
     def body(b: Bench, i: int) -> object:
         raise KeyError("nothing here")
 
-    (found,) = Bench(gpu.fake).audit(body).findings
-    assert found.hazard is Hazard.REFUSED and "KeyError: 'nothing here'" in found.detail
+    (finding,) = Bench(gpu.fake).audit(body).findings
+    assert finding.hazard is Hazard.REFUSED and "KeyError: 'nothing here'" in finding.detail

@@ -30,7 +30,7 @@ class Quiet:
         return lambda *_: nullcontext() if name == "stream" else self
 
 
-def made(name: Any, draw: Callable[[Tensor], Picture]) -> Decoder:
+def decoder_of(name: Any, draw: Callable[[Tensor], Picture]) -> Decoder:
     scale = 1 if name == "linear" else 8
     return Decoder(name=name, space="sdxl", channels=4, scale=scale, draw=draw)
 
@@ -53,7 +53,7 @@ def decoders(gpu: Any, sdxl: dict[str, Any]) -> dict[str, Decoder]:
         return draw
 
     draws = {"linear": linear, "tiny": network(tiny), "full": network(sdxl["vae"])}
-    return {name: made(name, draw) for name, draw in draws.items()}
+    return {name: decoder_of(name, draw) for name, draw in draws.items()}
 
 
 def began(gpu: Any, decoder: Decoder, first: Decoder | None = None) -> Report:
@@ -91,4 +91,4 @@ def test_a_decoder_that_reads_the_device_is_found(gpu: Any, decoders: dict[str, 
         assert float(x0.abs().amax()) < 1e4
         return decoders["linear"].draw(x0)
 
-    assert waits(began(gpu, made("linear", nosy), first=decoders["linear"]))
+    assert waits(began(gpu, decoder_of("linear", nosy), first=decoders["linear"]))

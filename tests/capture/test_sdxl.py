@@ -161,8 +161,8 @@ def test_nothing_waits_between_the_launch_and_the_result(gpu: Any) -> None:
         program, inputs = graph.request(table, gpu.words(2), Philox([1, 2]), **options)
         site.run(program, inputs)
         captured = next(iter(site._graphs.values()))
-    known = [*captured.inputs.values(), *captured.outputs]
-    report = audit(lambda i: site.run(program, i), [inputs], fake=gpu.fake, declared=known)
+    buffers = [*captured.inputs.values(), *captured.outputs]
+    report = audit(lambda i: site.run(program, i), [inputs], fake=gpu.fake, declared=buffers)
     assert report.findings == () and site.captures == 1
     assert {operator.name for operator in report.operators} <= {"copy_", "empty_like"}
 
@@ -184,10 +184,10 @@ def test_the_sampler_waits_for_nothing_until_the_last_row_is_checked(gpu: Any, c
 
     before = audit(lambda _: next(states), [gpu.words(2)], fake=gpu.fake)
     assert Hazard.HOST_COPY in before.hazards, "seeds go to the device before the first row"
-    found = [
+    findings = [
         finding
         for finding in audit(rest, [states], fake=gpu.fake).findings
         if finding.hazard is not Hazard.UNDECLARED
     ]
-    assert [finding.hazard for finding in found] == [Hazard.WAITS] * (check == "last")
-    assert all(finding.where.startswith("finite.py") for finding in found)
+    assert [finding.hazard for finding in findings] == [Hazard.WAITS] * (check == "last")
+    assert all(finding.where.startswith("finite.py") for finding in findings)

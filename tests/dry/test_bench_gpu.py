@@ -34,10 +34,10 @@ def report(path: Path) -> dict[str, Any]:
 
 def sound(bench: Any, out: Path, *options: str) -> dict[str, Any]:
     assert bench.main(["--dry-run", "--out", str(out), *options]) == 0
-    found = report(out)
-    assert "emulated" in found["evidence"] and found["device"] == "emulated GPU"
-    assert all(case["status"] == "done" and case["figures"] for case in found["cases"].values())
-    return found["cases"]
+    numbers = report(out)
+    assert "emulated" in numbers["evidence"] and numbers["device"] == "emulated GPU"
+    assert all(case["status"] == "done" and case["figures"] for case in numbers["cases"].values())
+    return numbers["cases"]
 
 
 def test_cases_run_and_end_as_a_table(
@@ -78,8 +78,8 @@ def test_a_case_and_a_variant_fail_alone(
         calls["later"] = lambda: iter([torch.ones(1)]).__next__  # the second call raises
         yield from bench.gpu_stages.in_turns(setup, calls)
 
-    made = [bench.Case("broken", "", 9, broken), bench.Case("half", "", 9, half)]
-    monkeypatch.setattr(bench, "BY_NAME", {case.name: case for case in made})
+    cases = [bench.Case("broken", "", 9, broken), bench.Case("half", "", 9, half)]
+    monkeypatch.setattr(bench, "BY_NAME", {case.name: case for case in cases})
     out = tmp_path / "a.json"
     command = ["--dry-run", "--out", str(out), "--cases", "broken,half"]
     assert bench.main(command) == 1
@@ -165,9 +165,9 @@ def test_what_cannot_be_written_is_said_before_anything_runs(
 def test_the_empty_files_are_an_sdxl_pair(bench: Any, tmp_path: Path) -> None:
     """Of full size, at no cost of the disk."""
     full = bench.Bench(None, 1, tmp_path, {})
-    found = importlib.import_module("gpu_networks").files(full)
+    networks = importlib.import_module("gpu_networks").files(full)
     for role, parts in (("base", {"unet", "vae", "text", "text_2"}), ("distilled", {"unet"})):
-        info = inspect_checkpoint(found[role])
+        info = inspect_checkpoint(networks[role])
         assert info.family == "sdxl" and info.exact
         assert parts <= set(info.parts) and not info.problems
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -111,8 +111,8 @@ def test_a_study_is_drawn_and_reported(
     assert report["machine"]["device"] == "cuda" and report["machine"]["runner"] == "graph"
     assert {"base", "distilled", "hybrid"} <= set(report["rows"])
     assert all(row["spaces"] for row in report["rows"].values())
-    wanted = [part for part in ("curve", "control", "timeline") if part in parts]
-    assert [part for part in ("curve", "control", "timeline") if report[part]] == wanted
+    experiments = [part for part in ("curve", "control", "timeline") if part in parts]
+    assert [part for part in ("curve", "control", "timeline") if report[part]] == experiments
     assert cuda.happened("replay")
 
 

@@ -60,14 +60,14 @@ class Branch(NamedTuple):
 
 @cache
 def branches() -> list[Branch]:
-    found: list[Branch] = []
+    results: list[Branch] = []
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            found += _found(path)
-    return found
+            results += _branches_of(path)
+    return results
 
 
-def _found(path: Path) -> Iterator[Branch]:
+def _branches_of(path: Path) -> Iterator[Branch]:
     name = str(path.relative_to(ROOT)).split("/", 1)[1]
 
     def visit(node: ast.AST, inside: tuple[str, ...], line: int) -> Iterator[Branch]:
@@ -236,16 +236,16 @@ def test_the_branches_are_taken(
     run: str, cuda: EmulatedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "emulated", cuda, raising=False)
-    wanted = [branch for branch in branches() if TAKEN.get(branch.row) == run]
-    assert wanted, "this run is for nothing"
-    seen = _lines(lambda: RUNS[run](tmp_path), {branch.file for branch in wanted})
-    left = [f"{b.row}: {b.asked}" for b in wanted if (b.file, b.line) not in seen]
+    expected = [branch for branch in branches() if TAKEN.get(branch.row) == run]
+    assert expected, "this run is for nothing"
+    lines = _lines(lambda: RUNS[run](tmp_path), {branch.file for branch in expected})
+    left = [f"{b.row}: {b.asked}" for b in expected if (b.file, b.line) not in lines]
     assert left == []
 
 
 def _lines(run: Callable[[], None], files: set[str]) -> set[tuple[str, int]]:
     """(file, line) of what runs in these files."""
-    seen: set[tuple[str, int]] = set()
+    visited: set[tuple[str, int]] = set()
     names: dict[str, str | None] = {}
 
     def begins(frame: FrameType, event: str, argument: object) -> Any:
@@ -255,7 +255,7 @@ def _lines(run: Callable[[], None], files: set[str]) -> set[tuple[str, int]]:
         return lines if names[path] is not None else None
 
     def lines(frame: FrameType, event: str, argument: object) -> Any:
-        seen.add((str(names[frame.f_code.co_filename]), frame.f_lineno))
+        visited.add((str(names[frame.f_code.co_filename]), frame.f_lineno))
         return lines
 
     before = sys.gettrace()
@@ -264,4 +264,4 @@ def _lines(run: Callable[[], None], files: set[str]) -> set[tuple[str, int]]:
         run()
     finally:
         sys.settrace(before)
-    return seen
+    return visited

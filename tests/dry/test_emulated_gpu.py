@@ -111,8 +111,8 @@ def test_graphs_replay_and_refuse_what_waits(cuda: EmulatedCuda) -> None:
 def test_nothing_of_it_stays() -> None:
     with emulated_gpu():
         assert torch.cuda.is_available() and torch.cuda.device_count() == 1
-        kept = torch.ones(2, device="cuda")
-    assert isinstance(kept, CudaTensor)
+        ones = torch.ones(2, device="cuda")
+    assert isinstance(ones, CudaTensor)
     assert not torch.cuda.is_available() and torch.ones(2).device.type == "cpu"
     with pytest.raises((RuntimeError, AssertionError)):
         torch.ones(2, device="cuda")

@@ -90,15 +90,15 @@ def test_where_triton_cannot_launch_a_run_goes_on_with_one_warning(cuda: Emulate
 
 def test_the_pictures_of_a_preview_are_drawn_by_the_step(cuda: EmulatedCuda) -> None:
     """On a side stream, in pinned memory, by events: accesses without an order raise."""
-    kept: dict[bool, list[Any]] = {}
+    pictures: dict[bool, list[Any]] = {}
     for gpu in (False, True):
         engine = gpu_engine("sd15") if gpu else tiny_engine("sd15")
-        frames = kept[gpu] = []
+        frames = pictures[gpu] = []
         with hs.Preview(hs.decoder(engine, "linear"), frames.append) as preview:
             assert (preview.picture is not None) == gpu
             run(engine, on_step=preview)
         assert preview.problems == [] and preview.dropped == 0
-    for ours, theirs in zip(kept[True], kept[False], strict=True):
+    for ours, theirs in zip(pictures[True], pictures[False], strict=True):
         assert ours.step == theirs.step and abs(ours.rgb.astype(int) - theirs.rgb).max() <= 1
 
 
@@ -118,12 +118,12 @@ def test_ways_to_variety(cuda: EmulatedCuda, methods: list[str]) -> None:
 def test_adapters_and_their_strength_by_row(cuda: EmulatedCuda, tmp_path: Path) -> None:
     network: Any = tiny_engine("sd15").denoisers["base"]
     path = write(tmp_path / "a.safetensors", random_lora(network))
-    made: list[Trajectory] = []
+    trajectories: list[Trajectory] = []
     for engine in (tiny_engine("sd15"), gpu_engine("sd15", runner="graph")):
         engine.attach(path, [[1.0, -0.5], [0.0, 2.0]])
-        made.append(run(engine))
-    check(made[1], made[0])
-    assert not torch.equal(made[0].latents, on_cpu("sd15").latents)
+        trajectories.append(run(engine))
+    check(trajectories[1], trajectories[0])
+    assert not torch.equal(trajectories[0].latents, on_cpu("sd15").latents)
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_the_rest_goes_on(cuda: EmulatedCuda) -> None:

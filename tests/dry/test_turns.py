@@ -43,11 +43,11 @@ def loaded(files: Path, **options: Any) -> hs.Engine:
 def turns(cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> EmulatedCuda:
     """The tiny pair is placed as a large one is on a small GPU."""
 
-    def place(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
+    def choose(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
         parts = ("text", "base", "distilled")
         return Placement(device=device, weights=weights, work={}, turns=parts, arena=3000)
 
-    monkeypatch.setattr(planning, "place", place)
+    monkeypatch.setattr(planning, "place", choose)
     return cuda
 
 
@@ -59,15 +59,15 @@ def test_graphs_of_networks_that_take_turns_give_the_bits_of_networks_that_stay(
     adapted: bool,
 ) -> None:
     options: Any = {"plan": PLAN, "seeds": [3, 4]}
-    kept = loaded(folder, dtype="float8", memory="none", runner="eager")
+    stored = loaded(folder, dtype="float8", memory="none", runner="eager")
     engine = loaded(folder, dtype="float8", runner="graph")
-    base: Any = kept.denoisers["base"]
+    base: Any = stored.denoisers["base"]
     assert any(weight.dtype == FLOAT8 for weight in base.parameters())
     if adapted:
         lora = write(tmp_path / "a.safetensors", random_lora(base))
-        kept.attach(lora, 0.7)
+        stored.attach(lora, 0.7)
         engine.attach(lora, 0.7)
-    want = kept.sample(["a fox", "an owl"], **options)
+    want = stored.sample(["a fox", "an owl"], **options)
     for _ in range(2):  # captured, and replayed
         got = engine.sample(["a fox", "an owl"], **options)
         assert torch.equal(got.latents.cpu(), want.latents.cpu())
@@ -88,7 +88,7 @@ def test_a_study_of_networks_that_take_turns_says_what_one_of_networks_that_stay
     few = {**PAIRS, "demo": replace(PAIRS["demo"], base_steps=1)}
     monkeypatch.setattr("headstart.plan.by_name.PAIRS", few)
     (tmp_path / "one.txt").write_text("a fox\n")
-    found: list[Any] = []
+    devices: list[Any] = []
     for memory, runner in (("auto", "graph"), ("none", "eager")):
         engine = loaded(folder, memory=memory, runner=runner)
         assert bool(engine.weights.residency.arenas) == (memory == "auto")
@@ -98,8 +98,8 @@ def test_a_study_of_networks_that_take_turns_says_what_one_of_networks_that_stay
         options += ["--timesteps", "999,499", "--parts", "plans,curve", "--device", "cuda"]
         options += ["--features", "structure", "--base", "given"]
         assert main(["study", *options]) == 0, capsys.readouterr().err
-        found.append(json.loads((out / "report.json").read_text()))
-    turned, stayed = found
+        devices.append(json.loads((out / "report.json").read_text()))
+    turned, stayed = devices
     assert turned["curve"] == stayed["curve"]
     for name, row in stayed["rows"].items():
         assert turned["rows"][name]["spaces"] == row["spaces"], name

@@ -67,8 +67,8 @@ class Case:
         signature = {name: self.types.get(name, "constexpr") for name in names}
         absent = {n: None for n in names if n not in self.types and n not in self.constants}
         attributes = {
-            (place,): [["tt.divisibility", 16]]
-            for place, name in enumerate(names)
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
             if self.aligned and self._is_aligned(name)
         }
         return ASTSource(
@@ -155,8 +155,8 @@ def _amd(kernel: Any) -> Facts:
     words |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
     def widest(verb: str) -> int:
-        found = re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", code)
-        return max((words.get(kind, 16) for kind in found), default=0)
+        widths = re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", code)
+        return max((words.get(kind, 16) for kind in widths), default=0)
 
     return Facts(
         registers=counts["vgpr_count"],
@@ -228,11 +228,11 @@ def cases() -> dict[str, Case]:
     found["scale_input"] = Case(scale_input_kernel, scale, {"BLOCK": triton_step.BLOCK})
     draw = {"seeds_ptr": "*i64", "samples_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*fp32"}
     draw |= {"step": "i32", "count": "i32"}
-    drawn = {"STEP_STRIDE": 0, "BLOCK": triton_noise.BLOCK}
-    found["philox_normal"] = Case(philox_normal_kernel, draw, drawn)
-    shown = {"x0_ptr": "*fp32", "factors_ptr": "*fp32", "bias_ptr": "*fp32", "rgb_ptr": "*u8"}
+    constants = {"STEP_STRIDE": 0, "BLOCK": triton_noise.BLOCK}
+    found["philox_normal"] = Case(philox_normal_kernel, draw, constants)
+    picture = {"x0_ptr": "*fp32", "factors_ptr": "*fp32", "bias_ptr": "*fp32", "rgb_ptr": "*u8"}
     form = {"CHANNELS": 4, "UPSCALE": 1, "PACKED": True, "BLOCK": triton_rgb.BLOCK}
-    found["preview_rgb"] = Case(preview_rgb_kernel, {**shown, "width": "i32"}, form)
+    found["preview_rgb"] = Case(preview_rgb_kernel, {**picture, "width": "i32"}, form)
     pixels = {"pixels_ptr": half, "rgb_ptr": "*u8"}
     packed = {"PACKED": True, "BLOCK": triton_rgb.BLOCK}
     found["decode_u8"] = Case(decode_planes_kernel, {**pixels, "plane": "i32"}, packed)

@@ -68,8 +68,8 @@ class Finding(NamedTuple):
     detail: str
 
     def __str__(self) -> str:
-        seen = f" ({self.detail})" if self.detail else ""
-        return f"{self.where}: {self.operator}{seen}: {self.hazard.value}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.where}: {self.operator}{detail}: {self.hazard.value}"
 
 
 class Operator(NamedTuple):
@@ -187,12 +187,12 @@ class _Watch(TorchDispatchMode):
         for tensor in on_device:
             key = storage_of(tensor)
             if key not in self._allowed and key not in self._made:
-                self.add(Hazard.UNDECLARED, name, _said(tensor))
+                self.add(Hazard.UNDECLARED, name, _described(tensor))
                 self._allowed.add(key)
         if name in ("_to_copy", "copy_"):
             source, target = _copied(name, inputs, kwargs)
             if source != target:
-                self.add(Hazard.HOST_COPY, name, f"{source} to {target}, {_said(inputs[-1])}")
+                self.add(Hazard.HOST_COPY, name, f"{source} to {target}, {_described(inputs[-1])}")
         elif on_device and len(on_device) < len(inputs):
             self.add(Hazard.HOST_TENSOR, name, "")
         if "pin_memory" in name or kwargs.get("pin_memory"):
@@ -249,7 +249,7 @@ def _is_number(leaf: object) -> bool:
     return isinstance(leaf, (bool, int, float, complex))
 
 
-def _said(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

@@ -46,11 +46,11 @@ class Bound(NamedTuple):
         """Raise AssertionError naming the worst place; NaN is never inside."""
         error = (got.double() - self.exact).abs()
         if not bool((error <= self.budget).all()):
-            place = int(torch.nan_to_num(error - self.budget, nan=float("inf")).argmax())
+            index = int(torch.nan_to_num(error - self.budget, nan=float("inf")).argmax())
             raise AssertionError(
-                f"element {place} is {got.flatten()[place].item():.9g}, exactly "
-                f"{self.exact.flatten()[place].item():.17g}; allowed "
-                f"{self.budget.flatten()[place].item():.3g}"
+                f"element {index} is {got.flatten()[index].item():.9g}, exactly "
+                f"{self.exact.flatten()[index].item():.17g}; allowed "
+                f"{self.budget.flatten()[index].item():.3g}"
             )
 
 
@@ -121,9 +121,9 @@ def winograd_bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bound:
     *_, height, width = x.shape
     around = (1, -width % TILE + 1, 1, -height % TILE + 1)
     tiles = F.pad(x.double().abs(), around).unfold(2, POINTS, TILE).unfold(3, POINTS, TILE)
-    places = torch.einsum("ij,ocjk,lk->iloc", g, weight.double().abs(), g)
+    products = torch.einsum("ij,ocjk,lk->iloc", g, weight.double().abs(), g)
     before = torch.einsum("ij,bcyxjk,lk->ilbyxc", b, tiles, b)
-    after = torch.einsum("ilbyxc,iloc->ilbyxo", before, places)
+    after = torch.einsum("ilbyxc,iloc->ilbyxo", before, products)
     sizes = torch.einsum("ij,jkbyxo,lk->boyixl", a, after, a).flatten(4).flatten(2, 3)
     magnitude = sizes[:, :, :height, :width]
     if bias is not None:

@@ -54,8 +54,8 @@ class Segments:
         size = -(-max(size_bytes, 1) // _UNIT) * _UNIT
         small = size <= _SMALL
         free = self._free[small]
-        place = bisect_left(free, Block(size, 0, 0))
-        block = free.pop(place) if place < len(free) else self._grow(size, small)
+        index = bisect_left(free, Block(size, 0, 0))
+        block = free.pop(index) if index < len(free) else self._grow(size, small)
         rest = block.size - size
         blocks = self._segments[block.segment]
         blocks[block.begin] = None
@@ -81,18 +81,18 @@ class Segments:
         insort(self._free[small], block)
 
     def _grow(self, size: int, small: bool) -> Block:
-        own = _SMALL_SEGMENT if small else _LARGE_SEGMENT
+        segment = _SMALL_SEGMENT if small else _LARGE_SEGMENT
         if size >= _LARGE:
-            own = -(-size // _LARGE_UNIT) * _LARGE_UNIT
-        if self.reserved + own > self.size_bytes:
+            segment = -(-size // _LARGE_UNIT) * _LARGE_UNIT
+        if self.reserved + segment > self.size_bytes:
             self.empty_cache()
-        if self.reserved + own > self.size_bytes:
-            raise MemoryError(own)
-        self.reserved += own
+        if self.reserved + segment > self.size_bytes:
+            raise MemoryError(segment)
+        self.reserved += segment
         self._made += 1
-        self._sizes[self._made] = own
+        self._sizes[self._made] = segment
         self._segments[self._made] = {}
-        return Block(own, self._made, 0)
+        return Block(segment, self._made, 0)
 
     def empty_cache(self) -> None:
         """Give segments back that hold nothing."""
@@ -147,11 +147,11 @@ class Card(TorchDispatchMode):
         if not _is_fake(args, kwargs):
             with unset_fake_temporarily():  # the host's tensors have values
                 return func(*args, **kwargs)
-        found = func(*args, **kwargs)
-        for leaf in tree_leaves(found):
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device == self.device:
                 self._count(leaf)
-        return found
+        return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -312,9 +312,9 @@ class FakeCuda:
             for key in {storage_of(tensor) for tensor in inputs}:
                 self._access(key, stream, now, writing=key in writes, what=str(func))
         result = func(*args, **kwargs)
-        known = {storage_of(tensor) for tensor in inputs}
+        storages = {storage_of(tensor) for tensor in inputs}
         for tensor in tensors(result):
-            if storage_of(tensor) not in known:
+            if storage_of(tensor) not in storages:
                 write = None if idle else (stream.name, now)
                 self._history[storage_of(tensor)] = _History(write)
         return result

@@ -47,7 +47,7 @@ class CudaTensor(Tensor):
 
     @staticmethod
     def __new__(cls: type[CudaTensor], held: Tensor, device: torch.device) -> CudaTensor:
-        made: CudaTensor = Tensor._make_wrapper_subclass(  # pyright: ignore
+        tensor: CudaTensor = Tensor._make_wrapper_subclass(  # pyright: ignore
             cls,
             held.shape,
             strides=held.stride(),
@@ -55,8 +55,8 @@ class CudaTensor(Tensor):
             dtype=held.dtype,
             device=device,
         )
-        made.held = held
-        return made
+        tensor.held = held
+        return tensor
 
     @classmethod
     def __torch_dispatch__(
@@ -102,9 +102,9 @@ def emulated_gpu(gpus: int = 1, *, memory_bytes: int = 80 * 10**9) -> Generator[
 
     with ExitStack() as stack:
         private: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-        for place, names in ((torch.cuda, cuda.names()), (private, cuda.private())):
+        for module, names in ((torch.cuda, cuda.names()), (private, cuda.private())):
             for name, value in names.items():
-                stack.enter_context(mock.patch.object(place, name, value, create=True))
+                stack.enter_context(mock.patch.object(module, name, value, create=True))
         stack.enter_context(mock.patch.object(torch, "_has_compatible_shallow_copy_type", fits))
         stack.enter_context(mock.patch.object(torch, "compile", _uncompiled))
         # A kernel of a GPU is its reference here, in a graph that is launched again too, where
@@ -172,10 +172,10 @@ class _Names(TorchFunctionMode):
             return args[0].to(next(filter(None, args[1:]), _numbered("cuda")))
         if func in (torch.tensor, torch.as_tensor):
             device = kwargs.pop("device", None)
-            made = func(*args, **kwargs)
-            return made if device is None else made.to(device)
+            result = func(*args, **kwargs)
+            return result if device is None else result.to(device)
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _on_held(func, args, kwargs)
+            return _on_host(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -185,7 +185,7 @@ def _numbered(value: object) -> object:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _on_held(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+def _on_host(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
     inner, devices, _ = _unwrapped((args, kwargs))
     result = func(*inner[0], **inner[1])
     return _wrapped(result, devices[0], {}, None) if devices else result
@@ -194,64 +194,64 @@ def _on_held(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> obj
 def _run(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cuda: EmulatedCuda | None
 ) -> object:
-    (inner, named), devices, known = _unwrapped((args, kwargs))
+    (inner, named), devices, wrappers = _unwrapped((args, kwargs))
     if func.namespace == "aten":
         _check(func, args, kwargs, devices)
-    device, asked = devices[0] if devices else None, _asked(args, kwargs)
-    if asked is not None:
-        device = asked if asked.type == "cuda" else None
+    device, requested = devices[0] if devices else None, _requested_device(args, kwargs)
+    if requested is not None:
+        device = requested if requested.type == "cuda" else None
     result = func(*inner, **named)
     if device is None:  # in inference mode `to` comes whole, and finds its input on the host
-        moved = isinstance(result, Tensor) and id(result) in known
+        moved = isinstance(result, Tensor) and id(result) in wrappers
         return result.clone() if moved else result
     # torch keeps a view of a normal tensor normal, in inference mode too.
-    normal = func.is_view and not any(tensor.is_inference() for tensor in known.values())
+    normal = func.is_view and not any(tensor.is_inference() for tensor in wrappers.values())
     with torch.inference_mode(False) if normal else nullcontext():
-        return _wrapped(result, device, known, cuda)
+        return _wrapped(result, device, wrappers, cuda)
 
 
-def _asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
+def _requested_device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
     """Where an operator shall put what it returns, if it says so."""
     named = kwargs.get("device")
-    places = [one for one in args if isinstance(one, torch.device)]
-    return torch.device(named) if named is not None else next(iter(places), None)
+    devices = [one for one in args if isinstance(one, torch.device)]
+    return torch.device(named) if named is not None else next(iter(devices), None)
 
 
 def _unwrapped(tree: Any) -> tuple[Any, list[torch.device], dict[int, CudaTensor]]:
     """The same with what CUDA tensors hold, the devices found, and whose each of those is."""
     devices: list[torch.device] = []
-    known: dict[int, CudaTensor] = {}
+    wrappers: dict[int, CudaTensor] = {}
 
-    def held(leaf: object) -> object:
+    def unwrap(leaf: object) -> object:
         if isinstance(leaf, torch.device) and leaf.type == "cuda":
             return torch.device("cpu")
         if not isinstance(leaf, CudaTensor):
             return leaf
         devices.append(leaf.device)
-        known[id(leaf.held)] = leaf
+        wrappers[id(leaf.held)] = leaf
         return leaf.held
 
-    return mapped(held, tree), devices, known
+    return mapped(unwrap, tree), devices, wrappers
 
 
 def _wrapped(
-    result: Any, device: torch.device, known: Mapping[int, CudaTensor], cuda: EmulatedCuda | None
+    result: Any, device: torch.device, wrappers: Mapping[int, CudaTensor], cuda: EmulatedCuda | None
 ) -> Any:
     """The same with CUDA tensors; what an operator was given and gives back stays itself."""
 
     def on_gpu(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or isinstance(leaf, CudaTensor):
             return leaf
-        before = known.get(id(leaf))
+        before = wrappers.get(id(leaf))
         if before is not None and before.device != device:
             leaf, before = leaf.clone(), None
         if before is not None:
             assert before.shape == leaf.shape, "an operator changed a shape in place"
             return before
-        made = CudaTensor(leaf, device)
+        wrapper = CudaTensor(leaf, device)
         if cuda is not None:
-            cuda.hold(made, leaf, device)
-        return made
+            cuda.hold(wrapper, leaf, device)
+        return wrapper
 
     return mapped(on_gpu, result)
 
@@ -262,10 +262,10 @@ def _check(
     """Raise as torch does where tensors of several devices meet; numbers in tensors may."""
     if not devices or name_of(func) in _MIXES:
         return
-    found = set(devices)
-    found |= {t.device for t in leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim}
-    if len(found) > 1:
-        names = ", ".join(sorted(map(str, found)))
+    used = set(devices)
+    used |= {t.device for t in leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim}
+    if len(used) > 1:
+        names = ", ".join(sorted(map(str, used)))
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"{names}! ({func})"

@@ -76,10 +76,10 @@ def assert_within(
     excess = (got.double() - exact).abs() - budget
     # A NaN compares false with everything, so ask for what is right, not for what is wrong.
     if not bool((excess <= 0).all()):
-        place = int(torch.nan_to_num(excess, nan=float("inf")).argmax())
+        index = int(torch.nan_to_num(excess, nan=float("inf")).argmax())
         raise AssertionError(
-            f"{name}: element {place} is {got.flatten()[place]:.9g}, exactly "
-            f"{exact.flatten()[place]:.17g}; allowed {budget.flatten()[place]:.3g} "
+            f"{name}: element {index} is {got.flatten()[index]:.9g}, exactly "
+            f"{exact.flatten()[index]:.17g}; allowed {budget.flatten()[index]:.3g} "
             f"({roundings} roundings)"
         )
 

@@ -174,16 +174,16 @@ class EmulatedCuda(FakeCuda):
 
     # Memory.
 
-    def hold(self, tensor: Tensor, held: Tensor, device: torch.device) -> None:
+    def hold(self, tensor: Tensor, host: Tensor, device: torch.device) -> None:
         """Count a tensor's memory until the last that uses it is gone.
 
         Raises torch.OutOfMemoryError where the GPU has no more.
         """
-        place, size = held.untyped_storage().data_ptr(), held.untyped_storage().nbytes()
-        if place == 0:
+        address, size = host.untyped_storage().data_ptr(), host.untyped_storage().nbytes()
+        if address == 0:
             return
         memory = self._memory[self._index(device)]
-        if place not in self._users:
+        if address not in self._users:
             free = int(memory.total_bytes * memory.fraction) - memory.allocated
             if size > free:
                 raise torch.OutOfMemoryError(
@@ -191,13 +191,13 @@ class EmulatedCuda(FakeCuda):
                 )
             memory.allocated += size
             memory.peak = max(memory.peak, memory.allocated)
-        self._users[place] = self._users.get(place, 0) + 1
-        weakref.finalize(tensor, self._let_go, place, size, memory).atexit = False
+        self._users[address] = self._users.get(address, 0) + 1
+        weakref.finalize(tensor, self._let_go, address, size, memory).atexit = False
 
-    def _let_go(self, place: int, size: int, memory: _Device) -> None:
-        self._users[place] -= 1
-        if not self._users[place]:
-            del self._users[place]
+    def _let_go(self, address: int, size: int, memory: _Device) -> None:
+        self._users[address] -= 1
+        if not self._users[address]:
+            del self._users[address]
             memory.allocated -= size
 
     def memory_allocated(self, device: object = None) -> int:
@@ -239,10 +239,10 @@ class EmulatedCuda(FakeCuda):
 
 
 def _always(value: object) -> Callable[..., object]:
-    def said(*_: object, **__: object) -> object:
+    def refuse(*_: object, **__: object) -> object:
         return value
 
-    return said
+    return refuse
 
 
 def _bound(kind: Any, cuda: EmulatedCuda) -> type[Any]:

@@ -36,7 +36,7 @@ class Doubles(nn.Module):
         return x_in * 2
 
 
-def given(size: int = 8) -> tuple[Any, ...]:
+def inputs(size: int = 8) -> tuple[Any, ...]:
     x = torch.ones(1, 4, size, size, device="cuda")
     cond = Conditioning(torch.ones(1, 7, 64, device="cuda"))
     return x, torch.full((1,), 7, device="cuda"), cond
@@ -46,11 +46,11 @@ def fail(how: str, site: Site) -> None:
     if how == "falls back":
         runner = GraphRunner(Waits(), site, fallback=True)
         for _ in range(2):  # a shape that was refused is not tried again
-            assert torch.equal(runner(*given()), given()[0] * 7)
+            assert torch.equal(runner(*inputs()), inputs()[0] * 7)
         assert len(runner.refusals) == 1
         return
     try:
-        GraphRunner(Waits() if how == "waits" else Raises(), site)(*given())
+        GraphRunner(Waits() if how == "waits" else Raises(), site)(*inputs())
     except CaptureError as error:
         assert how == "waits" and "Waits could not be captured" in str(error), error
         assert "previous error" not in str(error), "the first error is the one to tell"
@@ -63,22 +63,22 @@ def fail(how: str, site: Site) -> None:
 def main(how: str) -> None:
     site, stream = Site.of(torch.device("cuda")), torch.cuda.current_stream()
     good = GraphRunner(Doubles(), site)
-    before = good(*given())
+    before = good(*inputs())
     fail(how, site)
     assert torch.cuda.current_stream() == stream, "the thread is on the stream it was on"
     if site.dead is not None:
         print(f"the site is dead, which it may be: {site.dead}")
         runner = GraphRunner(Doubles(), fallback=True)
-        assert torch.equal(runner(*given()), before), "eager goes on"
+        assert torch.equal(runner(*inputs()), before), "eager goes on"
         return
-    assert torch.equal(good(*given()), before), "a graph from before still runs"
+    assert torch.equal(good(*inputs()), before), "a graph from before still runs"
     captures = site.captures
-    assert torch.equal(good(*given(16)), given(16)[0] * 2) and site.captures == captures + 1
+    assert torch.equal(good(*inputs(16)), inputs(16)[0] * 2) and site.captures == captures + 1
     large = torch.empty(100 * 2**20, dtype=torch.uint8, device="cuda")
-    held = torch.cuda.memory_reserved()
+    reserved = torch.cuda.memory_reserved()
     del large
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= held - 100 * 2**20, "the allocator is not capturing"
+    assert torch.cuda.memory_reserved() <= reserved - 100 * 2**20, "the allocator is not capturing"
     torch.randn(4, device="cuda")  # nor is the generator
     torch.cuda.synchronize()
 

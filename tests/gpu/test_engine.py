@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-ASKED: Any = {"plan": PLAN, "seeds": [3, 4]}
+REQUEST: Any = {"plan": PLAN, "seeds": [3, 4]}
 
 
 def close(got: hs.Trajectory, expected: hs.Trajectory, share: float) -> None:
@@ -30,9 +30,9 @@ def close(got: hs.Trajectory, expected: hs.Trajectory, share: float) -> None:
 def test_every_runner_is_near_the_cpu(family: str, runner: str) -> None:
     """float32 throughout; a GPU may take TF32 for convolutions, of 2^-11, through six passes."""
     engine = gpu_engine(family, runner=runner)
-    expected = tiny_engine(family).sample(["ab", "cd"], **ASKED)
+    expected = tiny_engine(family).sample(["ab", "cd"], **REQUEST)
     for _ in range(2):
-        close(engine.sample(["ab", "cd"], **ASKED), expected, 6 * 2.0**-8)
+        close(engine.sample(["ab", "cd"], **REQUEST), expected, 6 * 2.0**-8)
 
 
 @pytest.mark.parametrize("runner", ["graph", "trajectory"])
@@ -41,7 +41,9 @@ def test_captured_runs_have_the_bits_of_eager(runner: str) -> None:
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
-        runs = [gpu_engine("sdxl", runner=name).sample("ab", **ASKED) for name in ("eager", runner)]
+        runs = [
+            gpu_engine("sdxl", runner=name).sample("ab", **REQUEST) for name in ("eager", runner)
+        ]
     finally:
         torch.backends.cudnn.deterministic = before
     assert torch.equal(runs[0].latents, runs[1].latents)
@@ -50,7 +52,7 @@ def test_captured_runs_have_the_bits_of_eager(runner: str) -> None:
 def test_compiled_then_captured_is_near_eager() -> None:
     """The compiler contracts and reorders: float32 roundings, not more."""
     eager, compiled = (
-        gpu_engine("sdxl", runner=name).sample("ab", **ASKED) for name in ("eager", "compiled")
+        gpu_engine("sdxl", runner=name).sample("ab", **REQUEST) for name in ("eager", "compiled")
     )
     close(compiled, eager, 2.0**-10)
 

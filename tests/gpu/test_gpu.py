@@ -156,12 +156,12 @@ def test_a_failed_capture_leaves_what_it_found(how: str) -> None:
 
 def test_the_fused_step_is_in_the_graph_once_a_row(networks: dict[str, Any]) -> None:
     """By the names of the kernels in it: Triton's are named after our functions."""
-    kept: list[Any] = []
+    results: list[Any] = []
 
     class KeptGraphs(Cuda):
         def CUDAGraph(self) -> Any:  # noqa: N802
-            kept.append(torch.cuda.CUDAGraph(keep_graph=True))
-            return kept[-1]
+            results.append(torch.cuda.CUDAGraph(keep_graph=True))
+            return results[-1]
 
     if not hasattr(torch.cuda.CUDAGraph, "get_graph_data"):
         pytest.skip("this torch does not tell which kernels a graph holds")
@@ -170,7 +170,7 @@ def test_the_fused_step_is_in_the_graph_once_a_row(networks: dict[str, Any]) -> 
     graph = TrajectoryGraph(models, networks["vae"], site=site)
     graph(table(), words(1), Philox([3]), shape=SHAPE, uncond=words(1, 1))
     try:
-        nodes = kept[0].get_graph_data()["nodes"]
+        nodes = results[0].get_graph_data()["nodes"]
     except (ImportError, RuntimeError) as error:  # cuda-bindings, and a driver of CUDA 13.1
         pytest.skip(f"torch does not tell which kernels a graph holds: {error}")
     names = [node["kernel_name"] or node["node_type"] for node in nodes]

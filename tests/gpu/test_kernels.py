@@ -72,8 +72,8 @@ def there(value: Any, place: str) -> Any:
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
-    made = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
-    return made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    inputs = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    return inputs | {name: inputs[name].to(dtype) for name in ("f_cond", "f_uncond")}
 
 
 def check(
@@ -85,9 +85,9 @@ def check(
     rows = torch.tensor([*range(shape[0] - 1), row]) % len(table)
     picture = len(shape) == 4 and options.pop("picture", False)
     for where, step in {"host": row, "device": torch.tensor(row), "each": rows}.items():
-        made: list[dict[str, Tensor]] = []
+        outputs: list[dict[str, Tensor]] = []
         for impl, device in (("reference", "cpu"), ("triton", place)):
-            own = there(inputs | options, device)
+            moved = there(inputs | options, device)
             filled = {
                 "x_in": torch.zeros((2 * shape[0], *shape[1:]), dtype=dtype, device=device),
                 "finite": torch.zeros(shape[0], dtype=torch.bool, device=device),
@@ -95,18 +95,18 @@ def check(
             if picture:
                 rgb = torch.zeros((shape[0], *shape[2:], 3), dtype=torch.uint8, device=device)
                 maps = random_latents(shape[1], 3, seed=8), random_latents(3, seed=9)
-                own["preview"] = Preview(rgb, *there(maps, device))
+                moved["preview"] = Preview(rgb, *there(maps, device))
                 filled["rgb"] = rgb
             x_next, x0 = fused_step(
                 table=there(table, device),
                 step=there(step, device),
                 impl=impl,
-                **own,
+                **moved,
                 **{name: filled[name] for name in ("x_in", "finite")},
             )
-            made.append({"x_next": x_next, "x0": x0, **filled})
-        for name, expected in made[0].items():
-            assert_bits(made[1][name], expected, f"{name}, row {row}, {where}")
+            outputs.append({"x_next": x_next, "x0": x0, **filled})
+        for name, expected in outputs[0].items():
+            assert_bits(outputs[1][name], expected, f"{name}, row {row}, {where}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,13 +139,16 @@ def test_terms_left_out_samples_gone_wrong_and_a_step_in_place(place: str, bad: 
     unused = {name: torch.full_like(inputs[name], bad) for name in ("noise", "x0_prev", "f_uncond")}
     check(place, inputs | unused, table, 0, torch.float32)
     expected = fused_step(table=table, step=0, impl="reference", **inputs)
-    own = there(inputs, place)
-    x = own.pop("x")
+    moved = there(inputs, place)
+    x = moved.pop("x")
     fused_step_into(
-        *(x, own.pop("f_cond"), there(table, place), 0, x), x0=own["x0_prev"], impl="triton", **own
+        *(x, moved.pop("f_cond"), there(table, place), 0, x),
+        x0=moved["x0_prev"],
+        impl="triton",
+        **moved,
     )
     assert_bits(x, expected[0], "x")
-    assert_bits(own["x0_prev"], expected[1], "x0")
+    assert_bits(moved["x0_prev"], expected[1], "x0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,13 +184,13 @@ def test_pictures(place: str, dtype: torch.dtype, layout: torch.memory_format) -
     for size in ((8, 12), (5, 7)):
         x0 = random_latents(2, 4, *size, scale=2.0).to(dtype).contiguous(memory_format=layout)
         x0[1, :3, 1, 2] = torch.tensor([float("nan"), float("inf"), -1e30]).to(dtype)
-        own = there(x0, place)
+        moved = there(x0, place)
         for upscale in (1, 3):
-            got = preview_rgb(own, *there(maps, place), upscale=upscale, impl="triton")
+            got = preview_rgb(moved, *there(maps, place), upscale=upscale, impl="triton")
             expected = preview_rgb(x0, *maps, upscale=upscale, impl="reference")
             assert_bits(got, expected, "preview")
-        pixels, own = (t[:, :3].contiguous(memory_format=layout) for t in (x0, own))
-        got = decode_u8(own, check=False, impl="triton")
+        pixels, moved = (t[:, :3].contiguous(memory_format=layout) for t in (x0, moved))
+        got = decode_u8(moved, check=False, impl="triton")
         assert_bits(got, decode_u8(pixels, check=False, impl="reference"), "decoded")
 
 
@@ -200,8 +203,8 @@ def test_layers_are_within_their_budgets(place: str, dtype: torch.dtype) -> None
         assert y.stride() == x.stride()
         norm_bound(x, 32, weight, bias, 1e-5).check(y.cpu())
         shift, form = random_latents(2, 64, seed=3).to(dtype), (32, weight, bias, 1e-5)
-        own = there((x, *form, shift), place)
-        y = groupnorm_silu(*own[:-1], shift=own[-1], silu=False, impl="triton")
+        moved = there((x, *form, shift), place)
+        y = groupnorm_silu(*moved[:-1], shift=moved[-1], silu=False, impl="triton")
         norm_bound(x, *form, shift, False).check(y.cpu())
     x, y = (random_latents(2, 7, 640, seed=seed).to(dtype) for seed in (4, 5))
     affine = tuple(random_latents(640, seed=seed).to(dtype) for seed in (6, 7))
@@ -215,18 +218,18 @@ def test_layers_are_within_their_budgets(place: str, dtype: torch.dtype) -> None
         down = random_latents(rank, inner, seed=1, dtype=dtype)
         up = random_latents(outer, rank, seed=2, dtype=dtype)
         strength = torch.tensor([0.8, 0.0, -1.5])
-        bound, own = low_rank_bound(y, x, down, up, strength), there(y, place)
-        low_rank_add(own, *(there(t, place) for t in (x, down, up, strength)), impl="triton")
-        bound.check(own.cpu())
-        assert torch.equal(own[1].cpu(), y[1])
+        bound, moved = low_rank_bound(y, x, down, up, strength), there(y, place)
+        low_rank_add(moved, *(there(t, place) for t in (x, down, up, strength)), impl="triton")
+        bound.check(moved.cpu())
+        assert torch.equal(moved[1].cpu(), y[1])
 
 
 def test_flags_of_parts_say_which_samples_are_finite(place: str) -> None:
     x, table = random_latents(3, 4, 40, 40), random_table(2)
     f = random_latents(3, 4, 40, 40, seed=1)
     f[1, 3, -1, -1], f[2, 0, 0, 0] = float("nan"), float("inf")
-    own, flags = there((x, f, table), place), finite_flags(x.shape, "meta")
-    finite = torch.empty_like(flags, device=own[0].device)
-    options = dict.fromkeys(("f_uncond", "noise", "x0_prev"), own[0])
-    fused_step(*own, 0, finite=finite, **options, impl="triton")
+    moved, flags = there((x, f, table), place), finite_flags(x.shape, "meta")
+    finite = torch.empty_like(flags, device=moved[0].device)
+    options = dict.fromkeys(("f_uncond", "noise", "x0_prev"), moved[0])
+    fused_step(*moved, 0, finite=finite, **options, impl="triton")
     assert finite.all(1).tolist() == [True, False, False]

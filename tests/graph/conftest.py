@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from stand import Emulated, Stand, held
+from stand import Emulated, Stand, standing
 
 
 @pytest.fixture
 def stand() -> Iterator[Stand]:
-    yield from held(Stand)
+    yield from standing(Stand)
 
 
 @pytest.fixture
 def emulated_stand() -> Iterator[Emulated]:
-    yield from held(Emulated)
+    yield from standing(Emulated)

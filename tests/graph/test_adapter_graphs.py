@@ -75,47 +75,47 @@ def test_a_strength_is_a_copy_also_one_for_each_sample(stand: Stand, make: Make)
 def test_a_swap_for_one_of_no_larger_rank_is_seen_by_the_graph_there_is(
     stand: Stand, make: Make, rank: int
 ) -> None:
-    held, network = adapters(stand), stand.denoisers["base"]
-    held.attach(make(network), name="age")
+    adapter_set, network = adapters(stand), stand.denoisers["base"]
+    adapter_set.attach(make(network), name="age")
     before = run(stand, cond_of(stand, (1.0,)))
-    held.attach(make(network, "other", rank, seed=1), name="age", replace=True)
+    adapter_set.attach(make(network, "other", rank, seed=1), name="age", replace=True)
     after = run(stand, cond_of(stand, (1.0,)))
     assert stand.site.captures == 1 and not torch.equal(before, after)
 
 
 def test_a_larger_rank_and_more_layers_are_captured_anew(stand: Stand, make: Make) -> None:
-    held, network = adapters(stand), stand.denoisers["base"]
-    held.attach(make(network), name="age")
+    adapter_set, network = adapters(stand), stand.denoisers["base"]
+    adapter_set.attach(make(network), name="age")
     run(stand, cond_of(stand, (1.0,)))
-    held.attach(make(network, "large", 8, seed=1), name="age", replace=True)
+    adapter_set.attach(make(network, "large", 8, seed=1), name="age", replace=True)
     run(stand, cond_of(stand, (1.0,)))
     assert (stand.site.captures, stand.site.graph_count) == (2, 1)
-    held.attach(make(network, "wide", 8, seed=2, part=""), name="age", replace=True)
+    adapter_set.attach(make(network, "wide", 8, seed=2, part=""), name="age", replace=True)
     run(stand, cond_of(stand, (1.0,)))
     assert (stand.site.captures, stand.site.graph_count) == (3, 1)
 
 
 def test_detaching_gives_back_the_graph_from_before(stand: Stand, make: Make) -> None:
-    held = adapters(stand)
+    adapter_set = adapters(stand)
     before = run(stand, stand.words(1))
-    held.attach(make(stand.denoisers["base"]))
+    adapter_set.attach(make(stand.denoisers["base"]))
     assert not torch.equal(run(stand, cond_of(stand, (1.0,))), before)
-    held.detach("age")
+    adapter_set.detach("age")
     assert torch.equal(run(stand, stand.words(1)), before)
     assert stand.site.captures == 2
-    held.attach(make(stand.denoisers["base"], seed=3))
+    adapter_set.attach(make(stand.denoisers["base"], seed=3))
     run(stand, cond_of(stand, (1.0,)))
 
 
 def test_a_column_that_became_another_adapters_is_captured_anew(stand: Stand, make: Make) -> None:
     """`base` keeps its one adapter, whose column moves as others come and go elsewhere."""
-    held, network = adapters(stand), stand.denoisers["base"]
-    held.attach(make(network, "b"))
-    held.attach(make(network, "a", seed=1), to=["distilled"])
+    adapter_set, network = adapters(stand), stand.denoisers["base"]
+    adapter_set.attach(make(network, "b"))
+    adapter_set.attach(make(network, "a", seed=1), to=["distilled"])
     one = run(stand, cond_of(stand, (0.0, 1.0)))
-    held.detach("a")
-    held.attach(make(network, "c", seed=2), to=["distilled"])
-    assert held.columns == ("b", "c")
+    adapter_set.detach("a")
+    adapter_set.attach(make(network, "c", seed=2), to=["distilled"])
+    assert adapter_set.columns == ("b", "c")
     assert torch.equal(run(stand, cond_of(stand, (1.0, 0.0))), one)
 
 
@@ -137,41 +137,41 @@ def test_an_adapter_that_is_merged_changes_its_strength_in_place(
     stand: Stand, full: Callable[[nn.Module], Path]
 ) -> None:
     """W' = W + strength*change, as for forms that no low-rank path computes."""
-    held, network = adapters(stand), stand.denoisers["base"]
+    adapter_set, network = adapters(stand), stand.denoisers["base"]
     plain = run(stand, stand.words(1))
-    held.attach(full(network))
+    adapter_set.attach(full(network))
     one = run(stand, stand.words(1))
     assert stand.site.captures == 2, "the weight is a sum now, in memory of its own"
-    held["full"].strength = 3.0
+    adapter_set["full"].strength = 3.0
     three = run(stand, stand.words(1))
     assert not torch.equal(three, one) and stand.site.captures == 2
-    kept = held.now()
-    held["full"].strength = 1.0
-    assert torch.equal(run(stand, replace(stand.words(1), adapters=kept)), three)
+    snapshot = adapter_set.now()
+    adapter_set["full"].strength = 1.0
+    assert torch.equal(run(stand, replace(stand.words(1), adapters=snapshot)), three)
     assert stand.site.captures == 2, "who has the sum at 3 still finds its graph"
     assert torch.equal(run(stand, stand.words(1)), one)
     assert stand.site.captures == 3, "and the sum at 1 is elsewhere as long as that is so"
-    held.detach("full")
+    adapter_set.detach("full")
     assert torch.equal(run(stand, stand.words(1)), plain)
 
 
 def test_a_whole_run_takes_strengths_of_every_row_and_sample(stand: Stand, make: Make) -> None:
-    held = adapters(stand)
-    held.attach(make(stand.denoisers["base"]))
+    adapter_set = adapters(stand)
+    adapter_set.attach(make(stand.denoisers["base"]))
     table, cond, noise = hybrid(1, 2, guidance=3.0), stand.words(2), Philox([3, 4])
     runners = {name: EagerRunner(network) for name, network in stand.denoisers.items()}
     options = {"uncond": stand.words(2, 9), "shape": SHAPE}
-    seen: list[Tensor] = []
+    latents: list[Tensor] = []
     for strength in (1.0, [0.0, 2.0], [[1.0, 0.0], [0.0, 0.5], [-1.0, 1.0]]):
-        held["age"].strength = strength
-        grid = held.strengths(table, 2)
+        adapter_set["age"].strength = strength
+        grid = adapter_set.strengths(table, 2)
         assert grid is not None
         expected = list(sample(table, runners, cond, noise, strengths=grid, **options))
         got = stand.trajectory()(table, cond, noise, by_row={"strengths": grid}, **options)
         assert torch.equal(got.latents, expected[-1].x)
-        seen.append(got.latents)
+        latents.append(got.latents)
     assert stand.site.captures == 2, "strengths that change with the row are another graph"
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert not torch.equal(latents[0], latents[1]) and not torch.equal(latents[1], latents[2])
 
 
 def test_the_kernel_that_adds_an_adapter_is_in_the_graph(

@@ -46,9 +46,9 @@ class Interrupted(Stops):
 def refused(stand: Any, network: nn.Module, error: type[BaseException] = CaptureError) -> str:
     runner = stand.runner()
     runner.network = network
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as caught:
         runner(stand.latent(1), T7, stand.words(1))
-    return str(found.value)
+    return str(caught.value)
 
 
 KINDS = [(Looks, CaptureError), (Stops, InputError), (Interrupted, KeyboardInterrupt)]
@@ -105,11 +105,11 @@ def test_a_device_that_does_not_end_the_capture_makes_the_site_dead(stand: Any) 
     events = len(stand.cuda.log)
     for batch in (1, 2):
         call = stand.latent(batch), T7.repeat(batch), stand.words(batch)
-        with pytest.raises(CaptureError, match=r"any more.*start the process anew") as found:
+        with pytest.raises(CaptureError, match=r"any more.*start the process anew") as caught:
             runner(*call)
         with pytest.raises(CaptureError, match="any more"):
             runner.prepare([call])
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(caught.value)
     assert len(stand.cuda.log) == events
 
 

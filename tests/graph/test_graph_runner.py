@@ -110,10 +110,10 @@ def test_outputs_belong_to_the_caller(stand: Any) -> None:
     runner, other = stand.runner(), stand.runner("distilled")
     x, t, cond = stand.latent(1), T([7]), stand.words(1)
     first = runner(x, t, cond)
-    kept = first.clone()
+    copy = first.clone()
     other(x, t, cond)
     runner(x * 2, t, cond)
-    assert torch.equal(first, kept)
+    assert torch.equal(first, copy)
 
 
 def test_one_pool_one_stream_and_thread_local_captures(stand: Any) -> None:
@@ -152,7 +152,7 @@ def test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture(stand: Any, be
 
     runner, cudnn = stand.runner(), torch.backends.cudnn
     runner.network = network = Asks()
-    kept, cudnn.benchmark = cudnn.benchmark, before
+    result, cudnn.benchmark = cudnn.benchmark, before
     try:
         runner(stand.latent(1), T([7]), stand.words(1))
         assert network.seen == [True, True, before] and cudnn.benchmark is before
@@ -160,7 +160,7 @@ def test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture(stand: Any, be
             runner(stand.latent(2), T([7, 7]), stand.words(2))
         assert network.seen[3:] == [True] and cudnn.benchmark is before
     finally:
-        cudnn.benchmark = kept
+        cudnn.benchmark = result
 
 
 def test_two_devices_that_warm_up_at_once_leave_the_switch_as_it_was() -> None:
@@ -182,7 +182,7 @@ def test_two_devices_that_warm_up_at_once_leave_the_switch_as_it_was() -> None:
         site(Host()).run(Program("it", body, ()), {"x": torch.ones(1)})
         done.set()
 
-    kept, cudnn.benchmark = cudnn.benchmark, False
+    result, cudnn.benchmark = cudnn.benchmark, False
     try:
         threads = [threading.Thread(target=run, args=(body,)) for body in (first, second)]
         threads[0].start()
@@ -192,7 +192,7 @@ def test_two_devices_that_warm_up_at_once_leave_the_switch_as_it_was() -> None:
             thread.join()
         assert all(event.is_set() for event in events) and cudnn.benchmark is False
     finally:
-        cudnn.benchmark = kept
+        cudnn.benchmark = result
 
 
 def test_what_is_to_be_deterministic_is_not_chosen_by_time(stand: Any) -> None:

@@ -22,13 +22,13 @@ def chain(x: Tensor, length: int) -> Tensor:
 def test_a_chain_takes_what_the_run_took_however_long_it_is() -> None:
     x, tape = random_latents(1, 1, 16, 64), Tape()
     with tape.recording():
-        made = chain(x, 50)
+        chained = chain(x, 50)
     # A step has its input, what lies between and its output; and the last one is held.
-    assert tape.size_bytes <= 4 * made.nbytes
-    expected = made.clone()
+    assert tape.size_bytes <= 4 * chained.nbytes
+    expected = chained.clone()
     poison(tape)
     tape.replay()
-    assert torch.equal(made, expected)
+    assert torch.equal(chained, expected)
 
 
 def replays(body: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> None:
@@ -58,13 +58,13 @@ def test_what_is_needed_later_is_not_written_over() -> None:
 
 def test_a_tensor_that_somebody_kept_stays_theirs() -> None:
     """As a hook does; and it is filled again at every replay."""
-    x, tape, seen = random_latents(1, 1, 8, 8), Tape(), list[Tensor]()
+    x, tape, tensors = random_latents(1, 1, 8, 8), Tape(), list[Tensor]()
     with tape.recording():
-        seen.append(x * 3)
-        made = chain(seen[0], 4)
+        tensors.append(x * 3)
+        chained = chain(tensors[0], 4)
     x.add_(1)
     tape.replay()
-    assert torch.equal(seen[0], x * 3) and torch.equal(made, chain(x * 3, 4))
+    assert torch.equal(tensors[0], x * 3) and torch.equal(chained, chain(x * 3, 4))
 
 
 def test_memory_that_was_written_in_parts_is_one_piece() -> None:

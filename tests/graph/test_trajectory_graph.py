@@ -113,11 +113,11 @@ def test_it_shares_its_pool_with_graphs_of_networks(stand: Any) -> None:
     """Each launch overwrites the memory of the others; what was returned stays."""
     runner, x = stand.runner(), stand.latent(2)
     f = runner(x, torch.tensor([7, 7]), stand.words(2))
-    kept = f.clone()
+    copy = f.clone()
     got = stand.check(hybrid())
     latents = got.latents.clone()
     runner(x * 2, torch.tensor([7, 7]), stand.words(2))
-    assert torch.equal(f, kept) and torch.equal(got.latents, latents)
+    assert torch.equal(f, copy) and torch.equal(got.latents, latents)
     assert {event.detail[0] for event in stand.cuda.happened("capture")} == {(0, 1)}
 
 

@@ -49,9 +49,9 @@ def test_the_bits_are_those_of_the_definition(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for own in (bias, None):
-            got = small_convolution(x, weight, own, stride)
-            expected = load("direct_convolution", Impl.REFERENCE)(x, weight, own, stride)
+        for vector in (bias, None):
+            got = small_convolution(x, weight, vector, stride)
+            expected = load("direct_convolution", Impl.REFERENCE)(x, weight, vector, stride)
             assert got is not None and torch.equal(got, expected)
     finally:
         torch.set_num_threads(before)
@@ -136,15 +136,15 @@ def test_transforms_and_whoever_watches_see_torchs_own() -> None:
         assert small_convolution(x, w, b, 1) is None
     with forward_ad.dual_level():
         assert small_convolution(x, w, b, 1) is None
-    seen: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
 
-    def of(own: Tensor) -> Tensor:
-        seen.append(small_convolution(x, w, own, 1))
-        return own + 1
+    def of(weights: Tensor) -> Tensor:
+        gradients.append(small_convolution(x, w, weights, 1))
+        return weights + 1
 
     torch.func.vmap(of)(b[None])
     torch.jit.trace(of, (b,), check_trace=False)
-    assert {*seen} == {None}
+    assert {*gradients} == {None}
 
 
 @in_c
@@ -152,13 +152,13 @@ def test_a_recording_runs_the_same_kernel_on_what_is_there_then() -> None:
     inputs, weight = x.clone(), w.clone()
     tape = Tape()
     with tape.recording():
-        made = small_convolution(inputs, weight, b, 1)
-    assert made is not None
+        output = small_convolution(inputs, weight, b, 1)
+    assert output is not None
     inputs.mul_(2)
     weight.neg_()
     poison(tape)
     tape.replay()
-    assert torch.equal(made, small_convolution(inputs, weight, b, 1))  # pyright: ignore
+    assert torch.equal(output, small_convolution(inputs, weight, b, 1))  # pyright: ignore
 
 
 def test_a_recording_of_what_kernels_do_has_torchs_own() -> None:
@@ -172,6 +172,6 @@ def test_the_operator_runs_the_kernel() -> None:
     with Tape().recording() as tape:
         small_convolution(x, w, b, 1)
     assert [call.name for call in tape.calls] == ["direct_convolution_into"]
-    made, scratch = torch.empty(1, 3, 6, 6), torch.empty(1 << 20)
-    torch.ops.headstart_kernels.direct_convolution_into(x, w, b, 1, made, scratch)
-    assert torch.equal(made, small_convolution(x, w, b, 1))  # pyright: ignore
+    output, scratch = torch.empty(1, 3, 6, 6), torch.empty(1 << 20)
+    torch.ops.headstart_kernels.direct_convolution_into(x, w, b, 1, output, scratch)
+    assert torch.equal(output, small_convolution(x, w, b, 1))  # pyright: ignore

@@ -173,7 +173,7 @@ def test_what_a_recorder_watches_is_done_by_operators_it_sees(kernel: str) -> No
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            seen.append(str(func))
+            operators.append(str(func))
             return func(*args, **(kwargs or {}))
 
     pixels = torch.linspace(-1.0, 1.0, 2 * 3 * 4 * 5).view(2, 3, 4, 5)
@@ -182,12 +182,12 @@ def test_what_a_recorder_watches_is_done_by_operators_it_sees(kernel: str) -> No
         "preview_rgb": lambda: preview_rgb(pixels, torch.eye(3), torch.zeros(3)),
         "philox_normal": lambda: philox_normal(keys, keys, 2, (4, 2, 3)),
     }
-    keys, seen = torch.tensor([3, 9]), list[str]()
+    keys, operators = torch.tensor([3, 9]), list[str]()
     plain = calls[kernel]()
     with Recorder():
         watched = calls[kernel]()
-    wanted = {"philox_normal": "aten.bitwise_xor"}.get(kernel, "aten.round")
-    assert any(name.startswith(wanted) for name in seen), seen
+    expected = {"philox_normal": "aten.bitwise_xor"}.get(kernel, "aten.round")
+    assert any(name.startswith(expected) for name in operators), operators
     assert torch.equal(watched, plain)
 
 

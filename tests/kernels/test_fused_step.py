@@ -33,9 +33,9 @@ NAMES = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
 
 def operands(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Every input of a step: x at a high noise level, network outputs in `dtype`."""
-    made = {name: random_latents(*SHAPE, seed=seed) for seed, name in enumerate(NAMES)}
-    made["x"] = made["x"] * 14.6
-    return made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    inputs = {name: random_latents(*SHAPE, seed=seed) for seed, name in enumerate(NAMES)}
+    inputs["x"] = inputs["x"] * 14.6
+    return inputs | {name: inputs[name].to(dtype) for name in ("f_cond", "f_uncond")}
 
 
 def table_of(**columns: float) -> Tensor:

@@ -39,8 +39,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    made = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(NAMES)}
-    return made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    inputs = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(NAMES)}
+    return inputs | {name: inputs[name].to(dtype) for name in ("f_cond", "f_uncond")}
 
 
 def laid_out(tensor: Tensor, how: str) -> Tensor:
@@ -86,11 +86,11 @@ def test_axes_and_memory_do_not_change_a_bit(
     for operand in (flat, turned):
         x_in = torch.empty(2 * batch, *operand["x"].shape[1:], dtype=torch.float16)
         finite = torch.zeros(batch, dtype=torch.bool)
-        made = fused_step(table=table, step=step, x_in=x_in, finite=finite, **operand)
+        output = fused_step(table=table, step=step, x_in=x_in, finite=finite, **operand)
         into = torch.empty_like(operand["x"])
         fused_step_into(table=table, step=step, x_next=into, **operand)
         scaled = scale_input(operand["x"], table, step, torch.float16, copies=2)
-        filled.append([*made, into, x_in, scaled, finite])
+        filled.append([*output, into, x_in, scaled, finite])
     names = ("x_next", "x0", "into", "x_in", "scaled", "finite")
     for name, expected, got in zip(names, *filled, strict=True):
         assert_bits(got.flatten(1) if got.ndim > 1 else got, expected, name)

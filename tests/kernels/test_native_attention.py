@@ -41,14 +41,14 @@ def heads(
     queries: int, keys: int, width: int, dtype: torch.dtype, batch: int = 2, count: int = 3
 ) -> Heads:
     """As a network has them: tokens [B, N, heads*d], seen as heads."""
-    found = [
+    results = [
         random_latents(batch, tokens, count * width, seed=seed)
         .to(dtype)
         .unflatten(-1, (count, width))
         .transpose(1, 2)
         for seed, tokens in enumerate((queries, keys, keys))
     ]
-    return found[0], found[1], found[2]
+    return results[0], results[1], results[2]
 
 
 @by_dtype

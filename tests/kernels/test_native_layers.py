@@ -91,8 +91,8 @@ def test_operands_may_lie_anywhere_and_have_a_dtype_of_their_own() -> None:
         (weight.half(), bias.bfloat16()),
         (weight.half().float(), bias.bfloat16().float()),
     )
-    found = [groupnorm_silu(x, 4, *own, impl="native") for own in (narrow, wide)]
-    assert torch.equal(*found)
+    results = [groupnorm_silu(x, 4, *pair, impl="native") for pair in (narrow, wide)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "last"])
@@ -157,7 +157,7 @@ def test_silu_of_every_size() -> None:
 
 AFFINE = affine(8)
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "groupnorm_silu": lambda x: groupnorm_silu(x, 4, *(own.to(x.dtype) for own in AFFINE)),
+    "groupnorm_silu": lambda x: groupnorm_silu(x, 4, *(vector.to(x.dtype) for vector in AFFINE)),
     "geglu": geglu,
 }
 by_call = pytest.mark.parametrize("name", CALLS)
@@ -195,19 +195,19 @@ def test_the_default_dtype_is_no_matter(dtype: torch.dtype) -> None:
 
 @by_call
 def test_whoever_counts_operators_sees_torchs_own(name: str) -> None:
-    seen: list[str] = []
+    operators: list[str] = []
 
-    class Seen(TorchDispatchMode):
+    class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
+            operators.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    with Seen():
+    with Operators():
         CALLS[name](random_latents(1, 8, 6, 6))
     assert {"groupnorm_silu": "aten.native_group_norm.default", "geglu": "aten.gelu.default"}[
         name
-    ] in seen
-    assert not [operator for operator in seen if "headstart" in operator]
+    ] in operators
+    assert not [operator for operator in operators if "headstart" in operator]
 
 
 @by_call

@@ -91,8 +91,8 @@ def test_results_lie_as_a_tracer_is_told(layout: str, impl: Impl) -> None:
 
 
 def test_every_operator_is_above_or_makes_nothing() -> None:
-    made = {name for name, _ in calls(LAYOUTS["contiguous"])}
-    assert made == set(ops.BODIES) - {
+    names = {name for name, _ in calls(LAYOUTS["contiguous"])}
+    assert names == set(ops.BODIES) - {
         "fused_step_into",
         "low_rank_add",
         "direct_convolution_into",

@@ -18,7 +18,7 @@ from headstart_kernels import INITIAL, host_noise, philox, philox_normal
 from headstart_kernels.impl import reference_noise as reference
 
 # Random123's kat_vectors for philox 4x32, 10 rounds: counter, key, words.
-KNOWN = [
+PUBLISHED = [
     ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     (
@@ -47,7 +47,7 @@ def normals() -> Tensor:
     return philox_normal([2503_10637], [0], INITIAL, (COUNT,))[0]
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+@pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED)
 def test_words_are_the_published_known_answers(counter: str, key: str, words: str) -> None:
     in_torch = reference.philox4x32_10(
         [torch.tensor(word) for word in hexes(counter)], [torch.tensor(word) for word in hexes(key)]
@@ -187,8 +187,8 @@ def test_the_distribution_passes_kolmogorov_and_smirnov(normals: Tensor) -> None
 def test_tails_have_the_weight_of_a_normals_tails(normals: Tensor) -> None:
     for limit in (3.0, 4.0, 4.5):
         expected = COUNT * math.erfc(limit / math.sqrt(2))
-        found = (normals.abs() > limit).sum().item()
-        assert abs(found - expected) < SIGMAS * math.sqrt(expected)
+        count = (normals.abs() > limit).sum().item()
+        assert abs(count - expected) < SIGMAS * math.sqrt(expected)
     # The largest of 2^21: below 4.4 with P = 1e-10, above 6.4 with P = 3e-4.
     assert 4.4 < normals.abs().max().item() < 6.4
 
@@ -220,9 +220,9 @@ def test_an_image_has_the_same_bits_alone_and_in_any_batch(
     shape = (4, 5, 3)
     order = data.draw(st.permutations(images))
     batch = philox_normal([i[0] for i in order], [i[1] for i in order], step, shape)
-    for image, drawn in zip(order, batch, strict=True):
+    for image, noise in zip(order, batch, strict=True):
         alone = philox_normal([image[0]], [image[1]], step, shape)[0]
-        assert torch.equal(bits(drawn), bits(alone))
+        assert torch.equal(bits(noise), bits(alone))
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 64, 150, 1000])

@@ -64,13 +64,13 @@ def test_noise_drawn_inside_is_that_of_the_row_in_the_whole_plan(step: int | Ten
 
 @STEPS
 def test_the_picture_is_the_preview_of_x0_with_or_without_x0(step: int | Tensor) -> None:
-    inputs, table, shown = operands(), random_table(3), picture()
-    _, x0 = fused_step(table=table, step=step, preview=shown, **inputs)
-    assert torch.equal(shown.rgb, preview_rgb(x0, shown.factors, shown.bias))
+    inputs, table, preview = operands(), random_table(3), picture()
+    _, x0 = fused_step(table=table, step=step, preview=preview, **inputs)
+    assert torch.equal(preview.rgb, preview_rgb(x0, preview.factors, preview.bias))
     again = picture()
     x_next = torch.empty(SHAPE)
     fused_step_into(table=table, step=step, x_next=x_next, preview=again, **inputs)
-    assert torch.equal(again.rgb, shown.rgb)
+    assert torch.equal(again.rgb, preview.rgb)
 
 
 @STEPS
@@ -118,11 +118,11 @@ def test_the_probe_would_see_a_contracted_sum(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_operator_takes_noise_and_picture_as_parts() -> None:
-    inputs, table, shown, again = operands(), random_table(3), picture(), picture()
+    inputs, table, preview, again = operands(), random_table(3), picture(), picture()
     draw = Draw(torch.tensor([5, -1, 3]), torch.tensor([0, 7, 1]), 2)
     inputs.pop("noise")
     finite = torch.zeros(3, dtype=torch.bool)
-    expected = fused_step(table=table, step=2, noise=draw, preview=shown, **inputs)
+    expected = fused_step(table=table, step=2, noise=draw, preview=preview, **inputs)
     x_next, x0 = torch.empty(SHAPE), torch.empty(SHAPE)
     torch.ops.headstart_kernels.fused_step_into(
         table=table,
@@ -136,7 +136,7 @@ def test_the_operator_takes_noise_and_picture_as_parts() -> None:
     )
     assert finite.all()
     assert torch.equal(x_next, expected[0]) and torch.equal(x0, expected[1])
-    assert torch.equal(again.rgb, shown.rgb)
+    assert torch.equal(again.rgb, preview.rgb)
 
 
 BAD = [

@@ -98,13 +98,17 @@ def test_without_a_c_compiler_torchs_operators_run_and_the_user_is_told_once(
 ) -> None:
     """Triton's own code, from the search for a driver to the search for a compiler."""
     rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    place = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
-    place |= {"TRITON_LIBCUDA_PATH": str(tmp_path), "PYTHONPATH": rooms, "HEADSTART_NATIVE": "0"}
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {
+        "TRITON_LIBCUDA_PATH": str(tmp_path),
+        "PYTHONPATH": rooms,
+        "HEADSTART_NATIVE": "0",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SLIM],
         capture_output=True,
         text=True,
-        env={"OMP_NUM_THREADS": "1", **place},
+        env={"OMP_NUM_THREADS": "1", **environment},
         timeout=120,
         check=False,
     )
@@ -156,11 +160,11 @@ def failing(error: Exception) -> Callable[..., None]:
 @pytest.mark.parametrize(("error", "fix"), MACHINES, ids=lambda v: type(v).__name__)
 def test_what_a_machine_cannot_is_told_in_a_line_with_its_fix(error: Exception, fix: str) -> None:
     with mock.patch.object(trial, "launch", failing(error)):
-        with pytest.warns(RuntimeWarning, match=fix) as seen:
+        with pytest.warns(RuntimeWarning, match=fix) as caught:
             assert not trial.launches(HERE)
         assert not trial.launches(HERE)
-    assert len(seen) == 1 and len(str(seen[0].message)) < 400
-    assert "\n" not in str(seen[0].message)
+    assert len(caught) == 1 and len(str(caught[0].message)) < 400
+    assert "\n" not in str(caught[0].message)
 
 
 OURS = [
@@ -181,8 +185,8 @@ def test_a_fault_that_is_not_the_machines_is_raised(error: Exception) -> None:
 
 
 def test_every_sign_has_its_error_above() -> None:
-    found = [trial._sign(error) for error, _ in MACHINES]
-    assert found == list(trial.SIGNS)
+    signs = [trial._sign(error) for error, _ in MACHINES]
+    assert signs == list(trial.SIGNS)
 
 
 def test_triton_asked_for_by_name_is_not_tried_first_and_raises() -> None:
@@ -236,11 +240,11 @@ def calls() -> dict[str, Callable[[dict[str, Any]], object]]:
 
     def step(t: dict[str, Any]) -> None:
         draw, picture = Draw(t["keys"], t["keys"], t["keys"]), t["factors"]
-        shown = Preview(t["rgb"], picture, picture[0])
+        preview = Preview(t["rgb"], picture, picture[0])
         fused_step_into(
             *(t["x"], t["pair"], t["table"], t["row"], t["x"]),
             **{"noise": draw, "x0_prev": t["x0"], "x0": t["x0"], "x_in": t["pair"]},
-            **{"preview": shown, "finite": t["finite"]},
+            **{"preview": preview, "finite": t["finite"]},
         )
 
     def normed(t: dict[str, Any]) -> Tensor:

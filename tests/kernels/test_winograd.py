@@ -141,9 +141,9 @@ def test_bits_are_the_same_on_any_number_of_threads(one_thread_then: None) -> No
 
 def test_images_may_lie_in_any_way_and_are_not_written_to(impl: str) -> None:
     x, weight, bias = layer(20, 12, 9, 10, batch=2)
-    filter, kept = Filter.of(weight), x.clone()
+    filter, copy = Filter.of(weight), x.clone()
     expected = winograd_conv(x, filter, bias, impl=impl)
-    assert_bits(x, kept, "x")
+    assert_bits(x, copy, "x")
     for other in (
         torch.cat((x, x), 1)[:, :20],
         torch.cat((x, x), 1).contiguous(memory_format=torch.channels_last)[:, :20],
@@ -233,13 +233,13 @@ def test_a_view_of_the_other_sign_is_read_with_it() -> None:
 
 
 def test_a_recorder_sees_one_operator() -> None:
-    seen: list[str] = []
+    operators: list[str] = []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            seen.append(str(func))
+            operators.append(str(func))
             return func(*args, **(kwargs or {}))
 
     x, weight, bias = layer(4, 6, 5, 7)
@@ -247,7 +247,7 @@ def test_a_recorder_sees_one_operator() -> None:
     expected = winograd_conv(x, filter, bias)
     with Recorder():
         got = winograd_conv(x, filter, bias)
-    assert seen == ["headstart_kernels.winograd_conv.default"]
+    assert operators == ["headstart_kernels.winograd_conv.default"]
     assert_bits(got, expected, "y")
 
 
@@ -286,8 +286,8 @@ def test_what_is_no_filter_is_refused(weight: Tensor) -> None:
 
 
 def test_a_filter_of_the_wrong_parts_is_refused() -> None:
-    places = Filter.of(_WEIGHT).places
-    for wrong, outputs in ((places, 65), (places, 0), (places[1:], 6), (places.double(), 6)):
+    offsets = Filter.of(_WEIGHT).places
+    for wrong, outputs in ((offsets, 65), (offsets, 0), (offsets[1:], 6), (offsets.double(), 6)):
         with pytest.raises(ValueError, match=r"use Filter\.of"):
             Filter(wrong, outputs)
 

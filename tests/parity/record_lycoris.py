@@ -56,12 +56,12 @@ def outputs(name: str, module: cases.Module, strength: float) -> list[float]:
 
 
 def main() -> None:
-    found = {
+    record = {
         name: {str(at): outputs(name, module, at) for at in cases.strengths(module)}
         for name, module in cases.modules().items()
     }
     FILE.write_text(
-        "{\n" + ",\n".join(f'"{n}": {json.dumps(v)}' for n, v in found.items()) + "\n}\n"
+        "{\n" + ",\n".join(f'"{n}": {json.dumps(v)}' for n, v in record.items()) + "\n}\n"
     )
 
 

@@ -63,11 +63,11 @@ def direction(values: torch.Tensor) -> torch.Tensor:
 
 def texts(count: int = 150) -> list[str]:
     """Random texts, most of them of signs."""
-    drawn = random.Random(18)
+    rng = random.Random(18)
     parts = ["(", ")", "[", "]", ":1.3)", ":", "\\", "\\(", "\\)", "fox", " ", "a", ":0.5", "1.2",
              "( owl", ": -2 )", ", "]  # fmt: skip
-    found = ["".join(drawn.choices(parts, k=drawn.randint(1, 14))) for _ in range(count)]
-    return list(dict.fromkeys(found))
+    prompts = ["".join(rng.choices(parts, k=rng.randint(1, 14))) for _ in range(count)]
+    return list(dict.fromkeys(prompts))
 
 
 # ------------------------------------------------------------------- webui
@@ -100,12 +100,12 @@ def webui() -> dict[str, Any]:
     from headstart.networks.vocabulary import clip_vocabulary
 
     words = CLIPTokenizer(vocab=clip_vocabulary().ids, merges=clip_vocabulary().merges)
-    found: dict[str, Any] = {"spans": {}}
+    record: dict[str, Any] = {"spans": {}}
     for text in texts():
         try:
-            found["spans"][text] = prompt_parser.parse_prompt_attention(text)
+            record["spans"][text] = prompt_parser.parse_prompt_attention(text)
         except ValueError:  # a weight that is no number
-            found["spans"][text] = None
+            record["spans"][text] = None
     for family, towers in ((name, written_towers(name)) for name in FAMILY_TOWERS):
         engines = []
         for tower in towers:
@@ -131,12 +131,12 @@ def webui() -> dict[str, Any]:
                 )
                 engines.append(sd_hijack_open_clip.FrozenOpenCLIPEmbedderWithCustomWords)
             engines[-1] = _built(engines[-1], inner, hijack)
-        found[family] = {name: _webui_row(engines, text) for name, text in PROMPTS.items()}
+        record[family] = {name: _webui_row(engines, text) for name, text in PROMPTS.items()}
         if family == "sd15":
             opts.CLIP_stop_at_last_layers = 2
-            found["sd15 skip 2"] = {"weights": _webui_row(engines, PROMPTS["weights"])}
+            record["sd15 skip 2"] = {"weights": _webui_row(engines, PROMPTS["weights"])}
             opts.CLIP_stop_at_last_layers = 1
-    return found
+    return record
 
 
 def _built(kind: Any, inner: Any, hijack: Any) -> Any:
@@ -192,10 +192,12 @@ def comfyui() -> dict[str, Any]:
         "sd21": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel, "h"),
         "sdxl": (sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel, "lg"),
     }
-    found: dict[str, Any] = {"spans": {}}
+    record: dict[str, Any] = {"spans": {}}
     for text in texts():
         spans = sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
-        found["spans"][text] = [[sd1_clip.unescape_important(part), own] for part, own in spans]
+        record["spans"][text] = [
+            [sd1_clip.unescape_important(part), weight] for part, weight in spans
+        ]
     for family, (tokenizer, model, letters) in kinds.items():
         towers = written_towers(family)
         options = {
@@ -204,25 +206,25 @@ def comfyui() -> dict[str, Any]:
         }
         network = model(device="cpu", dtype=torch.float32, model_options=options)
         for letter, tower in zip(letters, towers, strict=True):
-            own = getattr(network, f"clip_{letter}").transformer
-            for parameter in own.parameters():  # the layer that is never read, and projections
+            weight = getattr(network, f"clip_{letter}").transformer
+            for parameter in weight.parameters():  # the layer that is never read, and projections
                 parameter.data.zero_()
-            own.load_state_dict(tower.state_dict(), strict=False)
+            weight.load_state_dict(tower.state_dict(), strict=False)
         words = tokenizer()
-        found[family] = {
+        record[family] = {
             name: _comfy_row(network, words.tokenize_with_weights(text))
             for name, text in PROMPTS.items()
         }
         for skip in (1, 2, 3) if family != "sd21" else ():
             network.set_clip_options({"layer": -skip})
             row = _comfy_row(network, words.tokenize_with_weights(PROMPTS["weights"]))
-            found[f"{family} skip {skip}"] = {"weights": row}
+            record[f"{family} skip {skip}"] = {"weights": row}
             network.reset_clip_options()
         if family == "sdxl":
-            found["second"] = {
+            record["second"] = {
                 name: _comfy_row(network, _two(words, *both)) for name, both in PAIRS.items()
             }
-    return found
+    return record
 
 
 def _two(words: Any, first: str, second: str) -> Any:

@@ -54,45 +54,47 @@ def inception(home: Path) -> dict[str, object]:
     value = fid.calculate_fid_given_paths(folders, 3, "cpu", 2048, 0)
     torch.save(tensors, home / "weights.pth")
     pixels = torch.tensor(RGB[:2]).permute(0, 3, 1, 2)
-    found: dict[str, object] = {"fid": float(value)}
+    record: dict[str, object] = {"fid": float(value)}
     for bits in (32, 64):
         dtype = getattr(torch, f"float{bits}")
         with torch.no_grad():
             rows = network.to(dtype)(pixels.to(dtype) / 255.0)[0]
-        found[f"pytorch-fid {bits}"] = rows[:, ::64, 0, 0].tolist()
+        record[f"pytorch-fid {bits}"] = rows[:, ::64, 0, 0].tolist()
     other = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(home / "weights.pth")
     )
-    found["torch-fidelity"] = other(pixels)[0][:, ::64].tolist()
+    record["torch-fidelity"] = other(pixels)[0][:, ::64].tolist()
     sets = [torch.tensor(published.pictures(3, 96, 80, seed)) for seed in FOLDERS.values()]
-    stats = [fid_features_to_statistics(other(own.permute(0, 3, 1, 2))[0]) for own in sets]
-    found["torch-fidelity fid"] = fid_statistics_to_metric(*stats, False)[KEY]
-    return found
+    stats = [
+        fid_features_to_statistics(other(pictures.permute(0, 3, 1, 2))[0]) for pictures in sets
+    ]
+    record["torch-fidelity fid"] = fid_statistics_to_metric(*stats, False)[KEY]
+    return record
 
 
 def lpips(home: Path) -> dict[str, object]:
     """Distances of all pairs of four pictures, alex and vgg."""
     import lpips as package
 
-    found: dict[str, object] = {}
+    record: dict[str, object] = {}
     for net in ("alex", "vgg"):
         module = package.LPIPS(net=net, pnet_rand=True, verbose=False).eval()
-        known = {**published.backbone_tensors(net), **published.lin_tensors(net)}
+        tensors = {**published.backbone_tensors(net), **published.lin_tensors(net)}
         state = module.state_dict()
         for name in state:
             if name.startswith("net.slice"):
-                state[name] = known[f"features.{name.split('.', 2)[2]}"]
+                state[name] = tensors[f"features.{name.split('.', 2)[2]}"]
             elif name.startswith("lin"):
-                state[name] = known[name.replace("lins.", "lin")]
+                state[name] = tensors[name.replace("lins.", "lin")]
         module.load_state_dict(state)
         for bits in (32, 64):
             dtype = getattr(torch, f"float{bits}")
             pixels = torch.tensor(RGB).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
-            own = module.to(dtype)
+            copy = module.to(dtype)
             with torch.no_grad():
-                rows = [[float(own(a[None], b[None])) for b in pixels] for a in pixels]
-            found[f"{net} {bits}"] = rows
-    return found
+                rows = [[float(copy(a[None], b[None])) for b in pixels] for a in pixels]
+            record[f"{net} {bits}"] = rows
+    return record
 
 
 def dreamsim(home: Path) -> dict[str, object]:
@@ -116,7 +118,7 @@ def dreamsim(home: Path) -> dict[str, object]:
 
     for module in (load_clip_as_dino, load_open_clip_as_dino, load_synclr_as_dino):
         module.vit_base = small
-    found: dict[str, object] = {}
+    record: dict[str, object] = {}
     for variant in VARIANTS:
         cache = home / variant
         published.write_dreamsim(cache, variant, width=width)
@@ -135,11 +137,11 @@ def dreamsim(home: Path) -> dict[str, object]:
             for own in model.base_model.model.extractor_list:
                 if isinstance(getattr(own, "proj", None), torch.Tensor):
                     own.proj = own.proj.to(dtype)
-            seen = [preprocess(Image.fromarray(rgb)).to(dtype) for rgb in RGB]
+            pixels = [preprocess(Image.fromarray(rgb)).to(dtype) for rgb in RGB]
             with torch.no_grad():
-                rows = [[float(model(a, b)) for b in seen] for a in seen]
-            found[f"{variant} {bits}"] = rows
-    return found
+                rows = [[float(model(a, b)) for b in pixels] for a in pixels]
+            record[f"{variant} {bits}"] = rows
+    return record
 
 
 def _norm(width: int) -> torch.nn.LayerNorm:
@@ -190,18 +192,18 @@ def imagereward(home: Path) -> dict[str, object]:
     from transformers import BertTokenizer
 
     file = published.write_reward(home)
-    width, seen = published.WIDTH, published.VISUAL
+    width, vision = published.WIDTH, published.VISUAL
 
     def tokenizer() -> Any:
-        own = BertTokenizer(str(home / "vocab.txt"))
-        own.add_special_tokens({"bos_token": "[DEC]"})
-        own.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-        return own
+        images = BertTokenizer(str(home / "vocab.txt"))
+        images.add_special_tokens({"bos_token": "[DEC]"})
+        images.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        return images
 
     blip_pretrain.init_tokenizer = tokenizer
     blip_pretrain.create_vit = lambda *_: (
-        vit.VisionTransformer(img_size=224, embed_dim=seen, depth=2, num_heads=seen // 64),
-        seen,
+        vit.VisionTransformer(img_size=224, embed_dim=vision, depth=2, num_heads=vision // 64),
+        vision,
     )
     from ImageReward.ImageReward import MLP, ImageReward
 
@@ -219,30 +221,32 @@ def imagereward(home: Path) -> dict[str, object]:
     ]
     assert not left, left
     model.eval()
-    own = [Image.fromarray(rgb) for rgb in RGB]
-    found = {"32": [model.score(prompt, image) for prompt, image in zip(PROMPTS, own, strict=True)]}
+    images = [Image.fromarray(rgb) for rgb in RGB]
+    scores = {
+        "32": [model.score(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
+    }
     model = model.double()
     read = model.blip.tokenizer
-    found["64"] = []
-    for prompt, image in zip(PROMPTS, own, strict=True):
+    scores["64"] = []
+    for prompt, image in zip(PROMPTS, images, strict=True):
         tokens = read(
             prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
         )
         pixels = model.preprocess(image)[None].double()
         with torch.no_grad():
             reward = model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)
-        found["64"].append(reward.item())
-    return found
+        scores["64"].append(reward.item())
+    return scores
 
 
 def main(parts: list[str]) -> None:
     makers = {"inception": inception, "lpips": lpips, "dreamsim": dreamsim,
               "imagereward": imagereward}  # fmt: skip
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    record = json.loads(FILE.read_text()) if FILE.exists() else {}
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
-            found[part] = makers[part](Path(folder))
-    FILE.write_text(json.dumps(found, sort_keys=True) + "\n")
+            record[part] = makers[part](Path(folder))
+    FILE.write_text(json.dumps(record, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -107,14 +107,16 @@ def test_a_file_that_peft_writes_gives_the_weights_that_peft_merges(
 
     file = read_adapter(tmp_path)
     assert file.form is form
-    found = file.resolve({"unet": layer_shapes(ours)}).require()
+    resolution = file.resolve({"unet": layer_shapes(ours)}).require()
     changed = {n for n, t in merged.items() if not torch.equal(t, pristine[n])}
-    ours_too = {f"{module}.weight" for _, module in found.deltas}
+    ours_too = {f"{module}.weight" for _, module in resolution.deltas}
     ours_too |= {
-        f"{m}.bias" for (_, m), d in found.deltas.items() if getattr(d, "bias", None) is not None
+        f"{m}.bias"
+        for (_, m), d in resolution.deltas.items()
+        if getattr(d, "bias", None) is not None
     }
     assert ours_too == changed and len(changed) > 14
-    for (_, module), delta in found.deltas.items():
+    for (_, module), delta in resolution.deltas.items():
         if isinstance(delta, Dense) and delta.bias is not None:
             bias = merge_bias(delta, pristine[f"{module}.bias"], 1.0)
             assert torch.allclose(bias, merged[f"{module}.bias"], rtol=0, atol=4 * EPS * 4)
@@ -141,9 +143,9 @@ def test_a_file_that_diffusers_writes_is_read_with_the_alpha_of_its_metadata(
         tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict()
     )
     (path,) = tmp_path.glob("*.safetensors")
-    found = read_adapter(path).resolve({"unet": layer_shapes(ours)}).require()
-    assert len(found.deltas) == len(state) // 2
-    for (_, module), delta in found.deltas.items():
+    resolution = read_adapter(path).resolve({"unet": layer_shapes(ours)}).require()
+    assert len(resolution.deltas) == len(state) // 2
+    for (_, module), delta in resolution.deltas.items():
         assert isinstance(delta, LowRank) and delta.scale == 6 / 4
         assert torch.equal(delta.down, state[f"base_model.model.{module}.lora_A.weight"])
 

@@ -124,9 +124,9 @@ class Shifted(LCMScheduler):
         if self.step_index is None:
             self._init_step_index(args[1])
         timesteps, self.timesteps = self.timesteps, self.own
-        found = super().step(*args, **options)
+        result = super().step(*args, **options)
         self.timesteps = timesteps
-        return found
+        return result
 
 
 def test_a_network_may_be_told_another_timestep_than_its_levels(draw: Draw) -> None:
@@ -223,8 +223,8 @@ def test_beta_steps_are_the_quantiles_that_scipy_has() -> None:
 def test_ten_optimised_levels_are_at_the_timesteps_that_diffusers_lists(
     spacing: Spacing, expected: list[int]
 ) -> None:
-    found = SCHEDULE.points(10, spacing).timesteps
-    assert found == pytest.approx(expected, abs=1.0)  # the paper's levels are rounded
+    timesteps = SCHEDULE.points(10, spacing).timesteps
+    assert timesteps == pytest.approx(expected, abs=1.0)  # the paper's levels are rounded
     assert len(SCHEDULE.points(7, spacing).sigmas) == 7
 
 

@@ -67,10 +67,10 @@ def test_every_state_is_diffusers(name: str, stochastic: bool) -> None:
     for timestep, fresh in zip(peer.timesteps, steps_noise, strict=True):
         velocity = network(z, timestep.expand(len(z)))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn_like", lambda _, drawn=fresh: drawn)
+            patch.setattr(torch, "randn_like", lambda _, draw=fresh: draw)
             patch.setattr(
                 "diffusers.schedulers.scheduling_flow_match_euler_discrete.randn_tensor",
-                lambda *_, drawn=fresh, **__: drawn,
+                lambda *_, draw=fresh, **__: draw,
                 raising=False,
             )
             z = peer.step(velocity, timestep, z).prev_sample
@@ -91,8 +91,8 @@ def test_diffusers_own_grid_of_a_bare_step_count_is_linspace() -> None:
     for shift in (1.0, 3.0):
         peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         peer.set_timesteps(7)
-        own = hs.NoiseSchedule.flow(shift).timesteps(7, hs.Spacing.LINSPACE)
-        assert own.tolist() == pytest.approx(peer.timesteps.tolist(), abs=1e-3)
+        timesteps = hs.NoiseSchedule.flow(shift).timesteps(7, hs.Spacing.LINSPACE)
+        assert timesteps.tolist() == pytest.approx(peer.timesteps.tolist(), abs=1e-3)
 
 
 def test_a_flow_hands_over_to_a_model_of_another_schedule_at_a_level() -> None:
@@ -103,8 +103,8 @@ def test_a_flow_hands_over_to_a_model_of_another_schedule_at_a_level() -> None:
     first = rows[rows.handoffs[0]]
     assert first.sigma == pytest.approx(5.0)  # levels of Z-Image-Turbo's grid: 21, 9, 5, 3
     for row in rows:
-        own = base if row.model == "base" else student
-        assert row.sigma == own.sigma(row.timestep)
+        network = base if row.model == "base" else student
+        assert row.sigma == network.sigma(row.timestep)
     assert rows[0].sigma == HIGHEST_SIGMA
 
 

@@ -42,8 +42,8 @@ def test_diffusers_reads_the_same_file_to_the_same_encoding(form: str, tmp_path:
     """To the bit: both run the same layers, diffusers with the vectors in a longer table."""
     draw = torch.Generator().manual_seed(1)
     vectors = torch.randn(3, 32, generator=draw)
-    made, path = sd1_tower(), tmp_path / "catty.safetensors"
-    pipeline = Pipeline(reference(made))
+    encoder, path = sd1_tower(), tmp_path / "catty.safetensors"
+    pipeline = Pipeline(reference(encoder))
     prompts = ["the catty, a cat", "a cat"]
     if form == "diffusers":
         save_file({"<x>": vectors}, path)
@@ -56,7 +56,7 @@ def test_diffusers_reads_the_same_file_to_the_same_encoding(form: str, tmp_path:
     else:
         save_file({"emb_params": vectors}, path)
         pipeline.load_textual_inversion({"catty": vectors})
-    text, _ = with_tokens(ClipText([made], small_words()), [path])
+    text, _ = with_tokens(ClipText([encoder], small_words()), [path])
     with torch.no_grad():
         for prompt in prompts:
             theirs, ours = pipeline.context(prompt), text.encode([prompt]).context

@@ -24,13 +24,13 @@ condition below 4) times 4 rows. LyCORIS has them in float32 too."""
 
 def as_file(name: str, module: cases.Module) -> dict[str, Tensor]:
     """What LyCORIS saves: its tensors with alpha, where OFT's is its constraint, and the switch."""
-    found = cases.tensors(name, module)
+    tensors = cases.tensors(name, module)
     if module.algo == "ia3":
-        return found | {"on_input": torch.tensor(int("train_on_input" in module.options))}
-    constrained = "oft_blocks" in found
+        return tensors | {"on_input": torch.tensor(int("train_on_input" in module.options))}
+    constrained = "oft_blocks" in tensors
     alpha = module.options.get("constraint", 0.0) if constrained else cases.ALPHA
     scalar = {"scalar": torch.tensor(cases.SCALAR)} if "use_scalar" in module.options else {}
-    return found | {"alpha": torch.tensor(alpha)} | scalar
+    return tensors | {"alpha": torch.tensor(alpha)} | scalar
 
 
 @pytest.mark.parametrize("name", MODULES)

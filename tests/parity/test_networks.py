@@ -201,8 +201,8 @@ def test_a_vae_equals_diffusers(tmp_path: Path, direction: str, name: str) -> No
     def z(d: torch.dtype) -> Tensor:
         return latents.to(d) * std.to(d) / scale + mean.to(d) + shift
 
-    def back(found: Tensor) -> Tensor:
-        return (found - mean.to(found) - shift) * scale / std.to(found)
+    def back(output: Tensor) -> Tensor:
+        return (output - mean.to(output) - shift) * scale / std.to(output)
 
     runs: dict[str, tuple[Any, Any]] = {
         "decode": (

@@ -67,8 +67,8 @@ def check(
 
 
 def _start(cond: Any, row: int, field: str, count: int) -> torch.Tensor:
-    held = cond.context[row] if field == "context" else cond.pooled[row : row + 1]
-    return torch.tensor(sampled(held)[:count])
+    embedding = cond.context[row] if field == "context" else cond.pooled[row : row + 1]
+    return torch.tensor(sampled(embedding)[:count])
 
 
 @pytest.mark.filterwarnings("ignore:prompt style comfyui reads 'BREAK'")

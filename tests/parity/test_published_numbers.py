@@ -78,8 +78,8 @@ CASES = {
 def test_rows_give_the_numbers_that_diffusers_publishes(case: Case) -> None:
     plan = Plan((Leg(model="m", **case.leg),), start=case.start, end=case.end)
     last = _last(plan.compile(case.schedule, prediction=case.prediction)).abs()
-    found = float(last.mean() if case.mean else last.sum())
-    assert found == pytest.approx(case.expected, abs=1e-3 if case.mean else 1e-2)
+    number = float(last.mean() if case.mean else last.sum())
+    assert number == pytest.approx(case.expected, abs=1e-3 if case.mean else 1e-2)
 
 
 def _last(table: StepTable) -> Tensor:

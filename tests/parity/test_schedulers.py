@@ -275,15 +275,15 @@ def test_the_scripts_turbo_has_an_euler_step_first(draw: Draw) -> None:
     ancestral = EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     euler.set_timesteps(4)
     ancestral.set_timesteps(4)
-    found = [x for x, _ in ours(table)]
+    states = [x for x, _ in ours(table)]
     first = next(theirs(euler, draw, START * table.init_scale))
-    assert relative(found[0], first) <= TOLERANCE
+    assert relative(states[0], first) <= TOLERANCE
     x = torch.from_numpy(first)
     for row, timestep in enumerate(ancestral.timesteps[1:], start=1):
         draw.noise = torch.from_numpy(NOISE[row])
         output = network(ancestral.scale_model_input(x, timestep).numpy(), float(timestep))
         x = ancestral.step(torch.from_numpy(output), timestep, x).prev_sample
-        assert relative(found[row], x.numpy()) <= TOLERANCE
+        assert relative(states[row], x.numpy()) <= TOLERANCE
 
 
 def test_a_hybrid_is_one_scheduler_shared_by_both_models(draw: Draw) -> None:

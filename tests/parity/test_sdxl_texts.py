@@ -36,8 +36,8 @@ def theirs(engine: hs.Engine, tmp_path_factory: pytest.TempPathFactory) -> Calla
     first, second = (reference(tower) for tower in engine.text.towers)
     alone = transformers.CLIPTextModel(first.config).eval()
     state = {n: t for n, t in first.state_dict().items() if not n.startswith("text_projection")}
-    own = set(alone.state_dict())
-    named = {n if n in own else n.removeprefix("text_model."): t for n, t in state.items()}
+    names = set(alone.state_dict())
+    named = {n if n in names else n.removeprefix("text_model."): t for n, t in state.items()}
     alone.load_state_dict(named)
     pipe = SimpleNamespace(
         tokenizer=words,

@@ -29,16 +29,16 @@ from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import distances
 from headstart.spaces.published import read_published
 
-KNOWN = json.loads(Path(__file__).with_name("spaces.json").read_text())
+RECORDED = json.loads(Path(__file__).with_name("spaces.json").read_text())
 RGB = pictures(4, 96, 80)
-VARIANTS = sorted({name.rpartition(" ")[0] for name in KNOWN["dreamsim"]})
+VARIANTS = sorted({name.rpartition(" ")[0] for name in RECORDED["dreamsim"]})
 
 
-def assert_close(found: NDArray[np.float64], single: object, double: object) -> None:
+def assert_close(actual: NDArray[np.float64], single: object, double: object) -> None:
     exact = np.array(double)
     theirs = np.abs(np.array(single) - exact).max()
     assert 0.0 < theirs < 1e-4 * np.abs(exact).max()  # else the numbers themselves are no good
-    assert np.abs(found - exact).max() <= 4.0 * theirs
+    assert np.abs(actual - exact).max() <= 4.0 * theirs
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +49,25 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inceptions_features_are_those_of_pytorch_fid(inception: Path) -> None:
-    found = read_published(inception).extractor.features(RGB[:2])
-    assert found.shape == (2, 2048)
-    known = KNOWN["inception"]
-    assert_close(found[:, ::64], known["pytorch-fid 32"], known["pytorch-fid 64"])
+    result = read_published(inception).extractor.features(RGB[:2])
+    assert result.shape == (2, 2048)
+    recorded = RECORDED["inception"]
+    assert_close(result[:, ::64], recorded["pytorch-fid 32"], recorded["pytorch-fid 64"])
 
 
 def test_resized_as_tensorflow_did_they_are_those_of_torch_fidelity(inception: Path) -> None:
     extractor = read_published(inception, "inception-tf1").extractor
-    known = KNOWN["inception"]
-    theirs = np.array(known["torch-fidelity"])
-    error = np.abs(np.array(known["pytorch-fid 32"]) - np.array(known["pytorch-fid 64"])).max()
+    recorded = RECORDED["inception"]
+    theirs = np.array(recorded["torch-fidelity"])
+    error = np.abs(
+        np.array(recorded["pytorch-fid 32"]) - np.array(recorded["pytorch-fid 64"])
+    ).max()
     assert (
         np.abs(extractor.features(RGB[:2])[:, ::64] - theirs).max() <= 8.0 * error
     )  # both rounded
-    assert np.abs(theirs - np.array(known["pytorch-fid 64"])).max() > 1000.0 * error
+    assert np.abs(theirs - np.array(recorded["pytorch-fid 64"])).max() > 1000.0 * error
     a, b = (extractor.features(pictures(3, 96, 80, seed)) for seed in (1, 2))
-    assert frechet(a, b) == pytest.approx(known["torch-fidelity fid"], rel=1e-5)
+    assert frechet(a, b) == pytest.approx(recorded["torch-fidelity fid"], rel=1e-5)
 
 
 def test_the_fid_of_two_folders_is_pytorch_fids(
@@ -74,9 +76,9 @@ def test_the_fid_of_two_folders_is_pytorch_fids(
     folders = [str(write_run(tmp_path / name, seed)) for name, seed in (("a", 1), ("b", 2))]
     command = ["evaluate", folders[0], "--features", str(inception), "--reference", folders[1]]
     assert main([*command, "--json"]) == 0
-    (row,) = (found := json.loads(capsys.readouterr().out))["rows"]
-    assert found["frechet_is"] == "FID"
-    assert row["frechet"]["value"] == pytest.approx(KNOWN["inception"]["fid"], rel=1e-5)
+    (row,) = (report := json.loads(capsys.readouterr().out))["rows"]
+    assert report["frechet_is"] == "FID"
+    assert row["frechet"]["value"] == pytest.approx(RECORDED["inception"]["fid"], rel=1e-5)
     assert row["frechet"]["over_seeds_95"][0] <= row["frechet"]["value"]
 
 
@@ -95,10 +97,10 @@ def write_run(folder: Path, seed: int) -> Path:
 def test_lpips_is_the_packages(net: str, tmp_path: Path) -> None:
     extractor = read_published(write_lpips(tmp_path, net)).extractor  # type: ignore[arg-type]
     assert extractor.name.startswith(f"lpips-{net}:") and extractor.distance == "squared"
-    known = KNOWN["lpips"]
+    recorded = RECORDED["lpips"]
     for features in (extractor.features(RGB), group_features(extractor, RGB)):
-        found = distances(features, "squared")
-        assert_close(found, known[f"{net} 32"], known[f"{net} 64"])
+        result = distances(features, "squared")
+        assert_close(result, recorded[f"{net} 32"], recorded[f"{net} 64"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -106,16 +108,16 @@ def test_dreamsim_is_the_packages(variant: str, tmp_path: Path) -> None:
     write_dreamsim(tmp_path, variant, pickles=False)
     extractor = read_published(tmp_path).extractor
     assert extractor.name.startswith(f"dreamsim:{variant}:")
-    known = KNOWN["dreamsim"]
-    found = distances(extractor.features(RGB), extractor.distance)
-    assert_close(found, known[f"{variant} 32"], known[f"{variant} 64"])
+    recorded = RECORDED["dreamsim"]
+    result = distances(extractor.features(RGB), extractor.distance)
+    assert_close(result, recorded[f"{variant} 32"], recorded[f"{variant} 64"])
 
 
 def test_rewards_are_those_of_image_reward(tmp_path: Path) -> None:
     judge = read_published(write_reward(tmp_path, pickles=False))
     assert judge.spaces == () and judge.score is not None
     prompts = ("a fox", "A foxy owl, in the snow", "the unknown " * 30, "")
-    known = KNOWN["imagereward"]
-    assert_close(judge.score(RGB, prompts), known["32"], known["64"])
+    recorded = RECORDED["imagereward"]
+    assert_close(judge.score(RGB, prompts), recorded["32"], recorded["64"])
     alone = judge.score(RGB[1:2], prompts[1:2])  # without the padding of a longer prompt
-    assert alone[0] == pytest.approx(known["64"][1], abs=1e-4)
+    assert alone[0] == pytest.approx(recorded["64"][1], abs=1e-4)

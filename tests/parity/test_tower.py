@@ -34,9 +34,9 @@ ROUNDINGS = 2.0**-53 * 16 * 64
 """Of a relative difference in float64: at most 64 terms a sum, 16 sums one behind the other."""
 
 
-def theirs(made: Tower, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+def theirs(encoder: Tower, ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Hidden states, the last one normed, and the projected end."""
-    model = reference(made).to(next(made.parameters()).dtype)
+    model = reference(encoder).to(next(encoder.parameters()).dtype)
     with torch.no_grad():
         out: Any = model(ids, output_hidden_states=True)
     return out.hidden_states, out.last_hidden_state, out.text_embeds
@@ -51,25 +51,25 @@ def far(got: Tensor, want: Tensor) -> float:
 def test_every_hidden_state_and_the_end_are_those_of_transformers(
     params: ClipParams, text: str
 ) -> None:
-    made = tower(params, RAW).double()
+    encoder = tower(params, RAW).double()
     ids = torch.tensor(TEXTS[text])
-    states, normed, ends = theirs(made, ids)
+    states, normed, ends = theirs(encoder, ids)
     layers = params.layers
     for hidden in range(-layers - 1, layers + 1):
-        context, pooled = made(ids, hidden)
+        context, pooled = encoder(ids, hidden)
         assert far(context, states[hidden]) <= ROUNDINGS
         assert (pooled is None) == (params.projection is None)
         assert pooled is None or far(pooled, ends) <= ROUNDINGS
-    made.rule = RAW._replace(normed=True)
-    assert far(made(ids)[0], normed) <= ROUNDINGS
+    encoder.rule = RAW._replace(normed=True)
+    assert far(encoder(ids)[0], normed) <= ROUNDINGS
 
 
 def test_a_place_sees_itself_and_those_before_it() -> None:
-    made = tower(TWO, RAW).double()
+    encoder = tower(TWO, RAW).double()
     ids = torch.tensor(TEXTS["as long as it goes"][:1])
     other = ids.clone()
     other[0, 9] += 1
-    changed = (made(ids)[0] != made(other)[0]).any(dim=-1)[0]
+    changed = (encoder(ids)[0] != encoder(other)[0]).any(dim=-1)[0]
     assert changed.tolist() == [False] * 9 + [True] * 7
 
 
@@ -79,13 +79,13 @@ def test_in_fewer_bits_it_is_as_near_to_float64_as_transformers(
     params: ClipParams, dtype: torch.dtype
 ) -> None:
     """To a unit in the last place more: their sums are the same, and may have another order."""
-    made = tower(params, RAW).to(dtype)
+    encoder = tower(params, RAW).to(dtype)
     ids = torch.tensor(TEXTS["padded with the end"])
-    exact, exact_normed, exact_ends = theirs(deepcopy(made).double(), ids)
-    states, _, ends = theirs(made, ids)
+    exact, exact_normed, exact_ends = theirs(deepcopy(encoder).double(), ids)
+    states, _, ends = theirs(encoder, ids)
     room = torch.finfo(dtype).eps
     for hidden in (-1, -2):
-        context, pooled = made(ids, hidden)
+        context, pooled = encoder(ids, hidden)
         assert context.dtype == dtype
         assert far(context, exact[hidden]) <= far(states[hidden], exact[hidden]) + room
         assert pooled is None or far(pooled, exact_ends) <= far(ends, exact_ends) + room

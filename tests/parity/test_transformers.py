@@ -54,7 +54,7 @@ def cond_of(seed: int) -> hs.Conditioning:
 POSITIVE, NEGATIVE = cond_of(1), cond_of(2)
 
 
-def drawn(family: Family) -> list[Tensor]:
+def inputs(family: Family) -> list[Tensor]:
     """The start, and fresh noise for each row."""
     generator = torch.Generator().manual_seed(9)
     count = 1 + BASE_STEPS + STUDENT_STEPS
@@ -79,7 +79,7 @@ def table(family: Family, update: hs.Update, guidance: float = GUIDANCE) -> Step
 
 def sampled(family: Family, rows: StepTable, denoisers: Mapping[str, Denoiser]) -> list[Tensor]:
     """z after every row, by headstart."""
-    noise = drawn(family)
+    noise = inputs(family)
     run = hs.sample(rows, denoisers, POSITIVE, hs.Given(noise[0], noise[1:]), uncond=NEGATIVE)
     return [state.x / (1.0 + row.sigma_next) for state, row in zip(run, rows, strict=True)]
 
@@ -87,7 +87,7 @@ def sampled(family: Family, rows: StepTable, denoisers: Mapping[str, Denoiser]) 
 def looped(family: Family, update: hs.Update, models: dict[str, nn.Module]) -> list[Tensor]:
     """z after every row, by diffusers: a scheduler for each leg, as only one of them re-noises. The
     base's knows all levels, because its last row goes to the level at which the student starts."""
-    rows, (z, *fresh), states = exact_rows(family), drawn(family), list[Tensor]()
+    rows, (z, *fresh), states = exact_rows(family), inputs(family), list[Tensor]()
     for name, stochastic in (("base", False), ("distilled", update is hs.Update.RENOISE)):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=stochastic)
         scheduler.set_timesteps(sigmas=[t for model, t in rows if name in (model, "base")])
@@ -107,7 +107,7 @@ def exactly(family: Family, update: hs.Update, models: dict[str, nn.Module]) -> 
     doubles = {name: copy.deepcopy(model).double() for name, model in models.items()}
     words = [part.to("cpu", torch.float64) for part in (NEGATIVE, POSITIVE)]
     rows, states = exact_rows(family), list[Tensor]()
-    z, *fresh = (tensor.double() for tensor in drawn(family))
+    z, *fresh = (tensor.double() for tensor in inputs(family))
     for (name, t), (_, following), noise in zip(rows, [*rows[1:], ("", 0.0)], fresh, strict=False):
         time = torch.tensor(1000 * t, dtype=torch.float64)
         f = family.theirs(doubles[name], z, time, words if name == "base" else words[1:])

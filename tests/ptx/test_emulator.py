@@ -100,8 +100,8 @@ def test_matrices_are_loaded_and_stored_by_fragment(transposed: bool) -> None:
     """Row r of matrix m is at lane 8m + r; lane l holds elements (l/4, 2(l%4)) and the next."""
     trans, threads = ".trans" if transposed else "", 32
     inputs = RNG.integers(0, 2**63, (threads, 4), dtype=np.uint64)
-    place = "shl.b32 %r3, %r90, 4; mov.u32 %r4, box; add.s32 %r3, %r3, %r4;"
-    body = place + (
+    setup = "shl.b32 %r3, %r90, 4; mov.u32 %r4, box; add.s32 %r3, %r3, %r4;"
+    body = setup + (
         "ld.global.v4.b32 {%r11,%r12,%r13,%r14}, [%rd92];"
         "st.shared.v4.b32 [%r3], {%r11,%r12,%r13,%r14}; bar.sync 0;"
         f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r21,%r22,%r23,%r24}}, [%r3];"
@@ -131,8 +131,8 @@ def test_the_matrix_product_is_numpys(kind: str) -> None:
     inputs = np.zeros((32, 20), np.uint32)
     for lane in range(32):
         g, t = divmod(lane, 4)
-        places = [(g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8)]
-        for i, (r, k) in enumerate(places):
+        positions = [(g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8)]
+        for i, (r, k) in enumerate(positions):
             inputs[lane, i] = int(a_bits[r, k]) | int(a_bits[r, k + 1]) << 16
         for i, k in enumerate((2 * t, 2 * t + 8)):
             inputs[lane, 4 + i] = int(b_bits[k, g]) | int(b_bits[k + 1, g]) << 16

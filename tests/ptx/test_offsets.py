@@ -30,7 +30,7 @@ from headstart_kernels import (
 HALF, LAST = torch.float16, torch.channels_last
 
 
-class Seen(Memory):
+class Offsets(Memory):
     """Every load is 0 (1 where told), every store is lost; where they went is kept."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ def test_the_last_block_ends_where_a_huge_tensor_ends(gpu: Emulator, name: str) 
     pointer, size = case.out
     begin = arguments[f"{pointer}_ptr"]
     arguments |= {name: begin if n is None else n for name, n in case.change.items()}
-    memory, total = Seen(), case.grid[0] * case.grid[1] * case.grid[2]
+    memory, total = Offsets(), case.grid[0] * case.grid[1] * case.grid[2]
     bits = (*arguments.values(), 0, 0)
     run(launch.program, case.grid, bits, memory, launch.shared_bytes, only=[total - 1])
     assert max(end for _, end in memory.stores) == begin + size

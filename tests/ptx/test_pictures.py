@@ -59,8 +59,8 @@ def extreme_pixels(*shape: int) -> torch.Tensor:
     ends = torch.tensor([-1.0, 1.0, -1.01, 1.01, -300.0, 1e30, INF, -INF, NAN, -0.0])
     steps = torch.arange(511) / 255 - 1
     pixels = random_latents(*shape, scale=0.7)
-    known = torch.cat((ends, steps))[: pixels.numel()]
-    pixels.view(-1)[: len(known)] = known
+    levels = torch.cat((ends, steps))[: pixels.numel()]
+    pixels.view(-1)[: len(levels)] = levels
     return pixels
 
 

@@ -59,9 +59,9 @@ def table_of(*rows: dict[str, float]) -> Tensor:
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
-    made = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
-    made["x"] = made["x"] * SIGMA
-    return made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    inputs = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    inputs["x"] = inputs["x"] * SIGMA
+    return inputs | {name: inputs[name].to(dtype) for name in ("f_cond", "f_uncond")}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -150,7 +150,7 @@ def test_a_sample_with_nan_or_infinity_is_noticed_on_the_way(
     assert room.tolist() == [9, 9, 1, 0, 0, 9, 9]
 
 
-class Asked(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """What torch is asked for beside memory and views: each would be a launch."""
 
     def __init__(self) -> None:
@@ -176,19 +176,19 @@ def test_flags_of_parts_cost_no_launch_beside_the_steps_own(
     finite = room[2:-2].view(torch.bool).view(3, parts)
     table, step = table_of(ROWS[0] | {"c_skip": 1.0, "c_out": -2.0}), torch.tensor(0)
     extra = {"preview": picture(shape)} if shown else {}
-    asked = Asked()
-    with asked:
+    allocations = Allocations()
+    with allocations:
         fused_step(table=table, step=step, finite=finite, impl="triton", **inputs, **extra)
-    assert not asked.names and [name for name, _ in gpu.launches] == ["fused_step_kernel"]
+    assert not allocations.names and [name for name, _ in gpu.launches] == ["fused_step_kernel"]
     assert finite.all(1).tolist() == [True, False, False]
     assert room[[0, 1, -2, -1]].eq(9).all() and room[2:-2].lt(2).all()
     if not shown:  # then an elements' place says which flag is its own
         assert finite.logical_not().nonzero().tolist() == [[1, parts - 1], [2, 0]]
-    with asked:
+    with allocations:
         flags = torch.empty(3, dtype=torch.bool)
         fused_step(table=table, step=step, finite=flags, impl="triton", **inputs, **extra)
     assert flags.tolist() == [True, False, False]
-    assert asked.names == ["fill_"] * (size == (40, 40) or (size == (16, 16) and not shown))
+    assert allocations.names == ["fill_"] * (size == (40, 40) or (size == (16, 16) and not shown))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 7)])
@@ -223,8 +223,8 @@ def test_rows_of_samples_have_the_reference_bits(gpu: Emulator, dtype: torch.dty
         x_in = torch.empty(6, *shape[1:], dtype=dtype).contiguous(memory_format=layout)
         steps = [torch.tensor(rows) for rows in ([29, 0, 13], [3, 2, 3])]
         check(table_of(*ROWS), inputs, steps=steps, x_in=x_in, preview=picture(shape))
-        own = draw(3)._replace(first_row=torch.tensor([0, 2**20, -2]))
-        check(table_of(*ROWS), inputs | {"noise": own}, steps=steps)
+        source = draw(3)._replace(first_row=torch.tensor([0, 2**20, -2]))
+        check(table_of(*ROWS), inputs | {"noise": source}, steps=steps)
         x, table = inputs["x"].contiguous(memory_format=layout), table_of(*ROWS)
         for step in (*steps, torch.tensor([[29, 1], [0, 1], [13, 1]])[:, 0]):
             got = scale_input(x, table, step, dtype, impl="triton")
@@ -271,9 +271,9 @@ def test_terms_with_coefficient_0_are_neither_read_nor_added(gpu: Emulator) -> N
 
 def test_nan_and_infinity_travel_as_in_the_reference(gpu: Emulator) -> None:
     inputs = operands((1, 4, 16, 16), torch.float16)
-    for place, value in enumerate((NAN, float("inf"), float("-inf"), 65504.0)):
-        inputs["f_cond"][0, 0, 0, place] = value
-        inputs["f_uncond"][0, 1, 0, place] = value
+    for index, value in enumerate((NAN, float("inf"), float("-inf"), 65504.0)):
+        inputs["f_cond"][0, 0, 0, index] = value
+        inputs["f_uncond"][0, 1, 0, index] = value
     inputs["x"][0, 2, 0, 0] = 1e38
     x_in = [torch.empty(1, 4, 16, 16, dtype=torch.float16) for _ in range(2)]
     table = table_of(*ROWS)
@@ -335,12 +335,12 @@ def test_states_that_are_views_of_larger_ones(gpu: Emulator) -> None:
 def test_a_picture_may_lie_at_any_address(gpu: Emulator, offset: int) -> None:
     """Packed stores need a multiple of 4 bytes, which a view of bytes need not have."""
     shape = (2, 4, 8, 8)
-    inputs, table, shown = operands(shape, torch.float16), table_of(ROWS[0]), picture(shape)
-    band = torch.full((offset + shown.rgb.numel() + 5,), 77, dtype=torch.uint8)
-    inner = band[offset : offset + shown.rgb.numel()].view(shown.rgb.shape)
-    fused_step(table=table, step=0, preview=shown, **inputs)
-    fused_step(table=table, step=0, preview=shown._replace(rgb=inner), impl="triton", **inputs)
-    assert torch.equal(inner, shown.rgb)
+    inputs, table, preview = operands(shape, torch.float16), table_of(ROWS[0]), picture(shape)
+    band = torch.full((offset + preview.rgb.numel() + 5,), 77, dtype=torch.uint8)
+    inner = band[offset : offset + preview.rgb.numel()].view(preview.rgb.shape)
+    fused_step(table=table, step=0, preview=preview, **inputs)
+    fused_step(table=table, step=0, preview=preview._replace(rgb=inner), impl="triton", **inputs)
+    assert torch.equal(inner, preview.rgb)
     assert band[:offset].eq(77).all() and band[-5:].eq(77).all()
 
 

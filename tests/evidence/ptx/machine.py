@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,10 @@ def run(
         raise Fault(
             f"{program.name}: {len(program.parameters)} parameters, {len(arguments)} arguments"
         )
-    wanted = range(grid[0] * grid[1] * grid[2]) if only is None else only
+    numbers = range(grid[0] * grid[1] * grid[2]) if only is None else only
     at_once = max(1, _THREADS_AT_ONCE // program.threads)
-    for first in range(0, len(wanted), at_once):
-        blocks = np.array(wanted[first : first + at_once], np.int64)
+    for first in range(0, len(numbers), at_once):
+        blocks = np.array(numbers[first : first + at_once], np.int64)
         _Machine(program, grid, blocks, arguments, memory, shared_bytes).run()
 
 
@@ -78,8 +79,12 @@ class _Machine:
         self.shared = np.full(len(blocks) * self.stride, 0xCD, np.uint8)
         self.registers: dict[str, Values] = {}
         self.special = self._special(grid)
+        self.widths = dict(program.widths)
+        self.constants: dict[tuple[str, str], Values] = {}  # read often, and never written to
         self.active: Mask = np.ones(self.count, bool)
+        self.whole = True  # all threads are active
 
+    @np.errstate(all="ignore")
     def run(self) -> None:
         instructions, end = self.program.instructions, len(self.program.instructions)
         counters = np.zeros(self.count, np.int64)
@@ -89,13 +94,14 @@ class _Machine:
             self.active = live
             if instruction.guard is not None:
                 self.active = live & (self.read(instruction.guard, "pred") ^ instruction.negated)
+            self.whole = bool(self.active.all())
             counters[live] = here + 1
             try:
                 if instruction.opcode in ("bra", "bra.uni"):
                     counters[self.active] = self._target(instruction)
                 elif instruction.opcode in ("ret", "exit"):
                     counters[self.active] = end
-                elif self.active.any():
+                elif self.whole or self.active.any():
                     self._execute(instruction, live, counters)
             except Fault as fault:
                 message = f"{self.program.name}: {fault} at `{instruction.text}`"
@@ -103,16 +109,21 @@ class _Machine:
 
     def read(self, operand: str, kind: str, *, narrow: bool = False) -> Values:
         """An operand as `kind`, such as "s32" or "pred"; `narrow` takes a register's low bits."""
+        if operand in self.registers:
+            bits, width = _bits(kind), self._width(operand)
+            if width < bits or (width > bits and not narrow):
+                raise Fault(f"register {operand} has {width} bits, {kind} is read")
+            return _typed(self.registers[operand], kind)
+        if (operand, kind) not in self.constants:
+            self.constants[operand, kind] = self._constant(operand, kind)
+        return self.constants[operand, kind]
+
+    def _constant(self, operand: str, kind: str) -> Values:
         bits = _bits(kind)
         if operand in self.special:
             return _typed(self.special[operand], kind)
         if operand.startswith("%"):
-            if operand not in self.registers:
-                raise Fault(f"register {operand} is read before it is written")
-            width = self._width(operand)
-            if width < bits or (width > bits and not narrow):
-                raise Fault(f"register {operand} has {width} bits, {kind} is read")
-            return _typed(self.registers[operand], kind)
+            raise Fault(f"register {operand} is read before it is written")
         if operand in self.program.shared:
             return np.full(self.count, self.program.shared[operand], _UNSIGNED[bits])
         hexadecimal = operand.startswith(("0f", "0d"))
@@ -130,11 +141,14 @@ class _Machine:
             raw = np.asarray(values, bool)
         else:
             raw = _raw(values, kind).astype(_UNSIGNED[width])
+        if self.whole:
+            self.registers[register] = raw
+            return
         old = self.registers.get(register)
         if old is None:
             fill = True if kind == "pred" else _POISON & ((1 << width) - 1)
             old = np.full(self.count, fill, raw.dtype)
-        self.registers[register] = raw if self.active.all() else np.where(self.active, raw, old)
+        self.registers[register] = np.where(self.active, raw, old)
 
     def _execute(self, instruction: Instruction, live: Mask, counters: Values) -> None:
         opcode, operands = instruction.opcode, instruction.operands
@@ -164,8 +178,7 @@ class _Machine:
             self.read(operand, kind, narrow=narrow)
             for operand, kind in zip(operands[1:], operation.operands, strict=True)
         ]
-        with np.errstate(all="ignore"):
-            self.write(operands[0], operation.compute(*inputs), operation.result)
+        self.write(operands[0], operation.compute(*inputs), operation.result)
 
     def _access(self, access: re.Match[str], operands: tuple[str, ...]) -> None:
         verb, space, vector, sign, bits = access.groups()
@@ -204,24 +217,24 @@ class _Machine:
         kind = f"u{self._width(base)}" if base.startswith("%") else "u64"
         return self.read(base, kind).astype(np.uint64) + shift
 
-    def shared_places(self, addresses: Any, width: int, lanes: Any) -> npt.NDArray[np.int64]:
+    def shared_offsets(self, addresses: Any, width: int, lanes: Any) -> npt.NDArray[np.int64]:
         """[N, width] places in `shared` of each lane's own block."""
         first = addresses.astype(np.int64)
         if len(first) and (int(first.max()) + width > self.stride or int(first.min()) < 0):
             raise Fault(f"illegal address: byte {int(first.max())} of {self.stride} shared ones")
         if (first % width).any():
             raise Fault(f"misaligned address: {width} bytes of shared memory")
-        own = (lanes // self.program.threads) * self.stride + first
-        return own[:, None] + np.arange(width)
+        offsets = (lanes // self.program.threads) * self.stride + first
+        return offsets[:, None] + np.arange(width)
 
     def _load(self, space: str, addresses: Any, width: int, lanes: Any) -> npt.NDArray[np.uint8]:
         if space == "shared":
-            return self.shared[self.shared_places(addresses, width, lanes)]
+            return self.shared[self.shared_offsets(addresses, width, lanes)]
         return self.memory.load(addresses, width, lanes, self.block[lanes])
 
     def _store(self, space: str, addresses: Any, values: Any, lanes: Any) -> None:
         if space == "shared":
-            self.shared[self.shared_places(addresses, values.shape[1], lanes)] = values
+            self.shared[self.shared_offsets(addresses, values.shape[1], lanes)] = values
         else:
             self.memory.store(addresses, values, lanes, self.block[lanes])
 
@@ -268,29 +281,31 @@ class _Machine:
 
     def _reduce(self, extreme: str, kind: str, operands: tuple[str, ...]) -> None:
         """Over the 32 lanes of a warp; of part of a warp it is not known here."""
-        if not (self.active.all() and (self.read(operands[2], "s32") == -1).all()):
+        if not (self.whole and (self.read(operands[2], "s32") == -1).all()):
             raise Fault("redux.sync of part of a warp")
         lanes = self.read(operands[1], kind).reshape(-1, 32)
-        found = lanes.max(1) if extreme == "max" else lanes.min(1)
-        self.write(operands[0], np.repeat(found, 32), kind)
+        extremes = lanes.max(1) if extreme == "max" else lanes.min(1)
+        self.write(operands[0], np.repeat(extremes, 32), kind)
 
     def _matrices(self, matrices: re.Match[str], operands: tuple[str, ...]) -> None:
         verb, count, transposed = matrices.groups()
         target, data = (operands[1], operands[0]) if verb == "ld" else operands
         registers = _listed(data)
-        if len(registers) != int(count) or not self.active.all():
+        if len(registers) != int(count) or not self.whole:
             raise Fault("a matrix instruction needs whole warps and a register for each matrix")
-        places = self.shared_places(self.address(target), 16, self.thread)
+        offsets = self.shared_offsets(self.address(target), 16, self.thread)
         if verb == "ld":
-            found = load_matrices(self.shared, places, int(count), transposed is not None)
-            for register, values in zip(registers, found, strict=True):
+            matrices_loaded = load_matrices(
+                self.shared, offsets, int(count), transposed is not None
+            )
+            for register, values in zip(registers, matrices_loaded, strict=True):
                 self.write(register, values, "b32")
         else:
             values = [self.read(register, "b32") for register in registers]
-            store_matrices(self.shared, places, values, transposed is not None)
+            store_matrices(self.shared, offsets, values, transposed is not None)
 
     def _product(self, kind: str, operands: tuple[str, ...]) -> None:
-        if not self.active.all():
+        if not self.whole:
             raise Fault("a matrix instruction needs whole warps")
         d, a, b, c = (_listed(operand) for operand in operands)
         left, right = ([self.read(r, "b32") for r in registers] for registers in (a, b))
@@ -305,10 +320,11 @@ class _Machine:
         return self.program.labels[instruction.operands[0]]
 
     def _width(self, register: str) -> int:
-        prefix = register.rstrip("0123456789")
-        width = self.program.widths.get(register) or self.program.widths.get(prefix)
-        if width is None:
-            raise Fault(f"register {register} is not declared")
+        if (width := self.widths.get(register)) is None:
+            prefix = register.rstrip("0123456789")
+            if (width := self.program.widths.get(prefix)) is None:
+                raise Fault(f"register {register} is not declared")
+            self.widths[register] = width
         return width
 
     def _special(self, grid: tuple[int, int, int]) -> dict[str, Values]:
@@ -330,6 +346,7 @@ def _listed(operand: str) -> list[str]:
     return [part.strip() for part in operand.strip("{} ").split(",")]
 
 
+@cache
 def _bits(kind: str) -> int:
     return {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32}.get(kind) or int(kind.lstrip("busf"))
 
@@ -341,11 +358,14 @@ def _typed(raw: Values, kind: str) -> Any:
     if kind in ("f16x2", "bf16x2"):
         halves = (raw >> raw.dtype.type(16 * i) for i in (0, 1))
         return tuple(_typed(half & half.dtype.type(0xFFFF), kind[:-2]) for half in halves)
-    raw = raw.astype(_UNSIGNED[_bits(kind)])
-    if kind == "bf16":
-        return bf16_to_f32(raw)
-    views: dict[str, dict[int, Any]] = {"s": _SIGNED, "f": _FLOAT}
-    return raw.view(views.get(kind[0], _UNSIGNED)[_bits(kind)])
+    raw = raw.astype(_UNSIGNED[_bits(kind)], copy=False)
+    return bf16_to_f32(raw) if kind == "bf16" else raw.view(_type(kind))
+
+
+@cache
+def _type(kind: str) -> Any:
+    by_width: dict[str, dict[int, Any]] = {"s": _SIGNED, "f": _FLOAT}
+    return by_width.get(kind[0], _UNSIGNED)[_bits(kind)]
 
 
 def _raw(values: Any, kind: str) -> Values:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.generic]
 Addresses = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
-Places = npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
 
 SECTOR_BYTES = 32
 _WARP = 32
@@ -55,15 +55,15 @@ class Memory:
     """One launch's view of global memory; it remembers which block wrote each byte."""
 
     def __init__(self, allocations: Iterable[Allocation], traffic: Traffic) -> None:
-        found = sorted(set(allocations))
+        ordered = sorted(set(allocations))
         self.traffic = traffic
-        self._starts = np.array([a.address for a in found], np.uint64)
-        self._ends = np.array([a.address + a.size_bytes for a in found], np.uint64)
+        self._starts = np.array([a.address for a in ordered], np.uint64)
+        self._ends = np.array([a.address + a.size_bytes for a in ordered], np.uint64)
         self._bytes = [
             np.ctypeslib.as_array((ctypes.c_uint8 * a.size_bytes).from_address(a.address))
-            for a in found
+            for a in ordered
         ]
-        self._writer = [np.full(a.size_bytes, -1, np.int32) for a in found]
+        self._writer = [np.full(a.size_bytes, -1, np.int32) for a in ordered]
 
     @property
     def written(self) -> set[int]:
@@ -71,36 +71,36 @@ class Memory:
         pairs = zip(self._starts.tolist(), self._writer, strict=True)
         return {start for start, writer in pairs if (writer >= 0).any()}
 
-    def load(self, addresses: Addresses, width: int, threads: Places, blocks: Places) -> Bytes:
+    def load(self, addresses: Addresses, width: int, threads: Offsets, blocks: Offsets) -> Bytes:
         """[N, width] bytes; `threads` and `blocks` say whose access each is."""
         inside = self._locate(addresses, width, "load")
         out = np.empty((len(addresses), width), np.uint8)
-        for i, chosen, places in self._spans(inside, addresses, width):
-            writer = self._writer[i][places]
+        for i, chosen, offsets in self._spans(inside, addresses, width):
+            writer = self._writer[i][offsets]
             other = (writer >= 0) & (writer != blocks[chosen][:, None])
             if other.any():
                 raise Fault("race: a block reads what another block of this launch wrote")
-            out[chosen] = self._bytes[i][places]
+            out[chosen] = self._bytes[i][offsets]
         self.traffic.load_sectors += _sectors(addresses, width, threads)
         self.traffic.load_bytes += len(np.unique(addresses)) * width
         return out
 
-    def store(self, addresses: Addresses, values: Bytes, threads: Places, blocks: Places) -> None:
+    def store(self, addresses: Addresses, values: Bytes, threads: Offsets, blocks: Offsets) -> None:
         """Write [N, width] bytes."""
         width = values.shape[1]
         inside = self._locate(addresses, width, "store")
         _require_agreement(addresses, values)
-        for i, chosen, places in self._spans(inside, addresses, width):
-            writer, block = self._writer[i][places], blocks[chosen][:, None]
+        for i, chosen, offsets in self._spans(inside, addresses, width):
+            writer, block = self._writer[i][offsets], blocks[chosen][:, None]
             foreign = (writer >= 0) & (writer != block)
-            if (foreign & (self._bytes[i][places] != values[chosen])).any():
+            if (foreign & (self._bytes[i][offsets] != values[chosen])).any():
                 raise Fault("race: two blocks store different values to one address")
-            self._writer[i][places] = np.broadcast_to(block, places.shape)
-            self._bytes[i][places] = values[chosen]
+            self._writer[i][offsets] = np.broadcast_to(block, offsets.shape)
+            self._bytes[i][offsets] = values[chosen]
         self.traffic.store_sectors += _sectors(addresses, width, threads)
         self.traffic.store_bytes += len(np.unique(addresses)) * width
 
-    def _locate(self, addresses: Addresses, width: int, kind: str) -> Places:
+    def _locate(self, addresses: Addresses, width: int, kind: str) -> Offsets:
         inside = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
         bad = inside < 0
         if len(self._ends):
@@ -115,15 +115,15 @@ class Memory:
         return inside
 
     def _spans(
-        self, inside: Places, addresses: Addresses, width: int
-    ) -> Iterable[tuple[int, npt.NDArray[np.bool_], Places]]:
+        self, inside: Offsets, addresses: Addresses, width: int
+    ) -> Iterable[tuple[int, npt.NDArray[np.bool_], Offsets]]:
         for i in np.unique(inside).tolist():
             chosen = inside == i
             first = (addresses[chosen] - self._starts[i]).astype(np.int64)
             yield i, chosen, first[:, None] + np.arange(width)
 
 
-def _sectors(addresses: Addresses, width: int, threads: Places) -> int:
+def _sectors(addresses: Addresses, width: int, threads: Offsets) -> int:
     """Distinct (warp, sector) pairs; an access is aligned, so it lies in ceil(width/32) of them."""
     if not len(addresses):
         return 0

@@ -173,11 +173,11 @@ def _high(a: Any, b: Any) -> Any:
 def _field(a: Any, start: Any, length: Any) -> Any:
     """Bits start .. start+length-1 of a word; a signed field extends its highest bit."""
     start, length = (start & 255).astype(np.int64), (length & 255).astype(np.int64)
-    word, kept = a.astype(np.int64), np.minimum(length, 32)
-    found = (word >> np.minimum(start, 63)) & ((np.int64(1) << kept) - 1)
+    word, width = a.astype(np.int64), np.minimum(length, 32)
+    field = (word >> np.minimum(start, 63)) & ((np.int64(1) << width) - 1)
     top = (word >> np.minimum(start + length - 1, 31).clip(0)) & 1
-    negative = (top == 1) & (kept > 0) & (a.dtype.kind == "i")
-    return np.where(negative, found - (np.int64(1) << kept), found).astype(a.dtype)
+    negative = (top == 1) & (width > 0) & (a.dtype.kind == "i")
+    return np.where(negative, field - (np.int64(1) << width), field).astype(a.dtype)
 
 
 def _permuted(a: Any, b: Any, selector: Any) -> Any:

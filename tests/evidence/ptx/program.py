@@ -80,26 +80,26 @@ def _width(kind: str) -> int:
 def _body(text: str) -> str:
     """Up to the brace that closes the kernel."""
     depth = 1
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += {"{": 1, "}": -1}.get(letter, 0)
         if not depth:
-            return text[:place]
+            return text[:index]
     raise Fault("the kernel's body has no end")
 
 
 def _instructions(body: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
-    found: list[Instruction] = []
+    instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     # Scopes open and close on lines of their own; directives end with their line.
     lines = (line.strip() for line in body.splitlines())
-    kept = (line for line in lines if line not in "{}" and not line.startswith(_DIRECTIVE))
-    for statement in "\n".join(kept).split(";"):
+    statements = (line for line in lines if line not in "{}" and not line.startswith(_DIRECTIVE))
+    for statement in "\n".join(statements).split(";"):
         while (label := _LABEL.match(statement)) is not None:
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(instructions)
             statement = statement[label.end() :]
         if statement.strip():
-            found.append(_instruction(" ".join(statement.split())))
-    return tuple(found), labels
+            instructions.append(_instruction(" ".join(statement.split())))
+    return tuple(instructions), labels
 
 
 def _instruction(text: str) -> Instruction:

@@ -13,31 +13,31 @@ import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint32]
-Places = npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
 
 _LANE = np.arange(32)
 _GROUP, _MEMBER = _LANE // 4, _LANE % 4
 
 
 def load_matrices(
-    shared: npt.NDArray[np.uint8], places: Places, count: int, transposed: bool
+    shared: npt.NDArray[np.uint8], offsets: Offsets, count: int, transposed: bool
 ) -> list[Words]:
     """One word a lane for each of `count` matrices; places [threads, 16] are the lanes' rows."""
-    rows = shared[places].view(np.uint16).reshape(-1, 32, 8)
-    found: list[Words] = []
+    rows = shared[offsets].view(np.uint16).reshape(-1, 32, 8)
+    words: list[Words] = []
     for i in range(count):
         matrix = rows[:, 8 * i : 8 * i + 8]
         matrix = matrix.swapaxes(1, 2) if transposed else matrix
         low, high = matrix[:, _GROUP, 2 * _MEMBER], matrix[:, _GROUP, 2 * _MEMBER + 1]
-        found.append((low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))).ravel())
-    return found
+        words.append((low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))).ravel())
+    return words
 
 
 def store_matrices(
-    shared: npt.NDArray[np.uint8], places: Places, values: list[Words], transposed: bool
+    shared: npt.NDArray[np.uint8], offsets: Offsets, values: list[Words], transposed: bool
 ) -> None:
     """The inverse of `load_matrices`."""
-    rows = places.reshape(-1, 32, 16)
+    rows = offsets.reshape(-1, 32, 16)
     for i, words in enumerate(values):
         lanes = words.reshape(-1, 32)
         matrix = np.empty((len(lanes), 8, 8), np.uint16)
