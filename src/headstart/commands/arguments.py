@@ -116,13 +116,13 @@ def add_allow(group: argparse._ActionsContainer) -> None:  # pyright: ignore
 
 def every() -> Parser:
     """What every command takes."""
-    every = Parser(add_help=False)
+    parser = Parser(add_help=False)
     rows = """
         --json     print JSON for machines
         * --debug  show the traceback of an error
     """
-    add_options(every, rows)
-    return every
+    add_options(parser, rows)
+    return parser
 
 
 def add_out(
@@ -164,7 +164,7 @@ def add_negative(parser: argparse.ArgumentParser, about: str = "") -> None:
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
-    """The texts of a run besides its prompts, and what SDXL is told of sizes."""
+    """The texts of a run besides its prompts, and SDXL's sizes."""
     add_negative(parser, ": once for all images, or once for each")
     add_reading(parser, _TEXTS)
 

@@ -6,21 +6,14 @@ import argparse
 import json
 from typing import Any
 
-from headstart.commands.arguments import (
-    RUNNERS,
-    SIZE,
-    add_batch,
-    add_out,
-    add_prompt,
-    sampling,
-)
+from headstart.commands.arguments import RUNNERS, SIZE, add_batch, add_out, add_prompt, sampling
 from headstart.commands.console import RowBar, progress
-from headstart.commands.estimate import add_estimate, check_estimate, estimated
+from headstart.commands.estimate import add_estimate, check_estimate, estimate_plans
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import PRESET, STEPS, add_plans
-from headstart.commands.planned import compiled
+from headstart.commands.planned import compile_plans
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, listed, one_prompt, read_size
+from headstart.commands.values import count, one_prompt, read_size, split_list
 from headstart.commands.width import answer
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings
@@ -54,24 +47,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     check_estimate(args)
     (prompt, seeds), size = one_prompt(args), read_size(args.size)
-    plans = listed(args.plan)
+    plans = {plan: _settings(args, plan) for plan in split_list(args.plan)}
     if not args.estimate:
-        compiled(args, {plan: _settings(args, plan) for plan in plans})
+        compile_plans(args, plans)
     if args.out is not None:
         check_file(args.out, size_bytes=2**16, suffix=".json", overwrite=args.overwrite)
     if args.estimate:
-        _tell(args, *estimated(args, {plan: _settings(args, plan) for plan in plans}))
+        _report(args, *estimate_plans(args, plans))
         return 0
     engine = open_engine(args)
 
     from headstart.compare.latency import Case, latency
 
     engines = [engine, *(engine.with_runner(name) for name in args.versus)]
-    tables = {plan: engine.compile(plan, **_settings(args, plan)) for plan in plans}
-    cases = [Case(plan, each, table) for plan, table in tables.items() for each in engines]
+    tables = {plan: engine.compile(plan, **settings) for plan, settings in plans.items()}
+    cases = [Case(plan, engine, table) for plan, table in tables.items() for engine in engines]
     rounds, warmup = args.rounds or _ROUNDS, args.warmup or _WARMUP
     with progress((rounds + warmup) * sum(len(case.table) for case in cases), "timing") as bar:
-        found = latency(
+        result = latency(
             cases,
             prompt,
             seeds,
@@ -81,11 +74,11 @@ def _run(args: argparse.Namespace) -> int:
             batch=args.batch,
             on_step=RowBar(bar),
         )
-    _tell(args, f"{found}\n\n{found.footer()}", found.to_json())
+    _report(args, f"{result}\n\n{result.footer()}", result.to_json())
     return 0
 
 
-def _tell(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
+def _report(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
     """As text or as JSON, and the JSON into --out."""
     if args.out is not None:
         write_file(args.out, (json.dumps(facts, indent=1) + "\n").encode())
@@ -94,8 +87,8 @@ def _tell(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
 
 def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:
     """`--steps` are the distilled model's; the base alone and a file have their own."""
-    own = plan == "base" or plan.endswith(TOML)
-    return {"preset": args.preset, "steps": None if own else args.steps}
+    has_steps = plan == "base" or plan.endswith(TOML)
+    return {"preset": args.preset, "steps": None if has_steps else args.steps}
 
 
 BENCH = Command(

@@ -7,14 +7,8 @@ import argparse
 from headstart.commands.arguments import add_features, add_out, add_prompt, add_reading, sampling
 from headstart.commands.console import RowBar, note, progress
 from headstart.commands.parser import Command, add_options
-from headstart.commands.plan_options import (
-    HANDOFF,
-    PRESET,
-    STEPS,
-    add_diversify,
-    read_diversify,
-)
-from headstart.commands.planned import compiled
+from headstart.commands.plan_options import HANDOFF, PRESET, STEPS, add_diversify, read_diversify
+from headstart.commands.planned import compile_plans
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, one_prompt
 from headstart.commands.width import answer
@@ -42,10 +36,10 @@ def _run(args: argparse.Namespace) -> int:
     prompt, seeds = one_prompt(args)
     size_bytes = 4 * len(seeds) * 192 * 192 * 3
     check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)
-    methods = read_diversify(args, apart=True)
+    methods = read_diversify(args, separate=True)
     _check_levels(prompt)
     plans = _plans(args)
-    compiled(args, plans)
+    compile_plans(args, plans)
     engine = open_engine(args, [prompt])
 
     from headstart.compare.compare import compare, footer_of, sheet_of
@@ -53,14 +47,14 @@ def _run(args: argparse.Namespace) -> int:
     from headstart.pictures.png import encode_png
 
     side = engine.weights.image_size
-    drawn = PictureSource("these weights", engine.weights.lineage, frozenset({(side, side)}))
-    judge, notes = choose_judge([drawn], args.features)
+    source = PictureSource("these weights", engine.weights.lineage, frozenset({(side, side)}))
+    judge, notes = choose_judge([source], args.features)
     for line in notes:
         note(line)
     tables = {name: engine.compile(name, **settings) for name, settings in plans.items()}
     steps = sum(map(len, tables.values())) + len(methods) * len(tables["distilled"])
     with progress((args.rounds or 1) * steps, "sampling") as bar:
-        found = compare(
+        comparison = compare(
             engine,
             prompt,
             seeds,
@@ -70,10 +64,10 @@ def _run(args: argparse.Namespace) -> int:
             rounds=args.rounds,
             on_step=RowBar(bar),
         )
-    write_file(args.out, encode_png(sheet_of(found)))
+    write_file(args.out, encode_png(sheet_of(comparison)))
     title = f"{prompt!r}, {counted(len(seeds), 'seed')}"
-    text = f"{title}\n\n{found}\n\n{footer_of(found)}\n{args.out}"
-    answer(args, found.to_json(str(args.out)), text)
+    text = f"{title}\n\n{comparison}\n\n{footer_of(comparison)}\n{args.out}"
+    answer(args, comparison.to_json(str(args.out)), text)
     return 0
 
 

@@ -1,6 +1,6 @@
 """What a person at a terminal sees besides the results: progress, warnings, errors, on stderr.
 
-Messages of the library are in the command line's words: `preset='turbo'` is `--preset turbo`.
+Messages of the library name options as they are typed: `preset='turbo'` is `--preset turbo`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Terminated(KeyboardInterrupt):
 def ended_by_sigterm() -> Generator[None]:
     """SIGTERM raises Terminated here, as Ctrl-C raises KeyboardInterrupt; a second ends at once.
 
-    Only where nobody has decided otherwise, and in the main thread, as Python wants it.
+    Only where the signal has no other handler, and in the main thread, as Python demands.
     """
-    taken = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    if taken or threading.current_thread() is not threading.main_thread():
+    has_handler = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if has_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
     signal.signal(signal.SIGTERM, _terminate)
@@ -60,9 +60,9 @@ _ALONE: ContextVar[bool] = ContextVar("headstart_alone", default=False)
 def alone() -> Generator[None]:
     """Inside, a command is all that this process does; then it ends.
 
-    Python's cycle collector walks through all that torch and the networks are when it is imported,
-    afterwards and once more at the end: 0.5 of the 1.6 s of CPU that `import torch` takes (one
-    Zen 4 core). What was loaded stays to the end, so here it looks at it never.
+    Python's cycle collector goes through all objects of torch and the networks while they are
+    loaded, later, and at the end: 0.5 of the 1.6 s of CPU that `import torch` takes (one Zen 4
+    core). They stay to the end, so here it skips them.
     """
     token = _ALONE.set(True)
     try:
@@ -92,8 +92,8 @@ _PLAIN = {"·": "-", "…": "...", "→": "->", "“": '"', "”": '"', "×": "x
 def any_encoding() -> None:
     """Let stdout and stderr write what their encoding lacks in signs that every one has.
 
-    A stderr that was closed is open again, to nowhere: else a file would get its number, and what
-    libraries say there.
+    A closed stderr is opened again, to nowhere: else the next file would get its number, and with
+    it the messages of libraries.
     """
     if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -134,8 +134,8 @@ _KEYWORD = re.compile(
 )
 _PYTHON = "Leg("
 """In a line with a whole plan, which no option is."""
-_TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)| or \1| \1)(?![\w-])")
-_LISTED = re.compile(r"(--[\w-]+ [\w.-]+), (?=--)")
+_REPEATED = re.compile(r"(--[\w-]+)(?: \(\1\)| or \1| \1)(?![\w-])")
+_SEPARATOR = re.compile(r"(--[\w-]+ [\w.-]+), (?=--)")
 
 
 def in_options(message: str) -> str:
@@ -145,14 +145,14 @@ def in_options(message: str) -> str:
 
 
 def _in_options(line: str) -> str:
-    return _LISTED.sub(r"\1 ", _TWICE.sub(r"\1", _KEYWORD.sub(_option, line)))
+    return _SEPARATOR.sub(r"\1 ", _REPEATED.sub(r"\1", _KEYWORD.sub(_option, line)))
 
 
-def _option(found: re.Match[str]) -> str:
-    name, option = found["name"], _OPTIONS[found["name"]]
-    value = next((own for own in found.group("quoted", "double", "bare") if own is not None), "")
+def _option(match: re.Match[str]) -> str:
+    name, option = match["name"], _OPTIONS[match["name"]]
+    value = match["quoted"] or match["double"] or match["bare"] or ""
     if name in _ROLES and value:  # `base=cuda:0,distilled=cpu` is typed so
-        return found[0]
+        return match[0]
     if value in ("True", "False"):
         return option if value == "True" else option.replace("--", "--no-", 1)
     return f"{option} {value}".rstrip()
@@ -163,8 +163,8 @@ _PRINTED: ContextVar[set[str] | None] = ContextVar("headstart_printed", default=
 
 @contextmanager
 def plain_warnings() -> Generator[None]:
-    """Warnings as one line without a source line; each line of a command once: what its files are
-    is said before they are loaded, and known again when they are."""
+    """Warnings as one line without a source line, and each line once in a command: its files are
+    described before they are loaded and again when they are."""
 
     def show(message: Warning | str, *_: object) -> None:
         warning(str(message))
@@ -206,8 +206,8 @@ def tell(line: str) -> None:
 
 @contextmanager
 def dropping_output() -> Generator[None]:
-    """After it nothing is held that cannot be written to stdout or stderr: the interpreter would
-    try again at its exit, and exit 120."""
+    """Drop what cannot be written to stdout or stderr at the end: the interpreter would try again
+    at its exit, and exit 120."""
     try:
         yield
     finally:
@@ -220,14 +220,14 @@ def dropping_output() -> Generator[None]:
 
 def fail(message: str, status: int = 2) -> int:
     """Print an error, at most MOST_LINES of it; the exit status it means."""
-    lines = [_cut(line) for line in in_options(message).splitlines()] or [""]
+    lines = [_shortened(line) for line in in_options(message).splitlines()] or [""]
     if len(lines) > MOST_LINES:
         lines[MOST_LINES - 1 :] = [f"... {len(lines) - MOST_LINES + 1} lines more (--debug)"]
     tell("headstart: error: " + "\n".join(lines))
     return status
 
 
-def _cut(line: str) -> str:
+def _shortened(line: str) -> str:
     half = MOST_LETTERS // 2
     return line if len(line) <= MOST_LETTERS else f"{line[:half]} [...] {line[-half:]}"
 
@@ -264,19 +264,19 @@ def progress(total: int | None, what: str, unit: str = "it") -> Generator[tqdm[A
 @contextmanager
 def _ticking(bar: tqdm[Any], terminal: bool) -> Generator[None]:
     """Show the bar although nothing moves it: a long step, or weights that load."""
-    done = threading.Event()
-    thread = threading.Thread(target=_tick, args=(bar, terminal, done), daemon=True)
+    stop = threading.Event()
+    thread = threading.Thread(target=_tick, args=(bar, terminal, stop), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        stop.set()
         thread.join()
 
 
-def _tick(bar: tqdm[Any], terminal: bool, done: threading.Event) -> None:
+def _tick(bar: tqdm[Any], terminal: bool, stop: threading.Event) -> None:
     wait = BAR_AFTER_S if terminal else LINE_AFTER_S
-    while not done.wait(wait):
+    while not stop.wait(wait):
         if terminal:
             bar.refresh()
         else:
@@ -285,7 +285,7 @@ def _tick(bar: tqdm[Any], terminal: bool, done: threading.Event) -> None:
 
 
 class RowBar(NamedTuple):
-    """What a run tells of its rows, where nothing but their number is shown."""
+    """An `on_step` that counts the rows of a run on a bar."""
 
     bar: tqdm[Any]
 
@@ -293,7 +293,7 @@ class RowBar(NamedTuple):
         self.rows(1)
 
     def rows(self, count: int) -> None:
-        """Those of one launch, after it. Behind the last row an image is decoded."""
+        """Those of one launch, after it. After the last row an image is decoded."""
         self.bar.update(count)
         if self.bar.total is not None and self.bar.n >= self.bar.total:
             self.bar.set_description("decoding")

@@ -16,8 +16,8 @@ from headstart.commands.width import answer
 if TYPE_CHECKING:
     from headstart.convert.convert import Conversion
 
-LISTED = 8
-"""How many of the things left out are printed; --json has all of them."""
+MOST_LINES = 8
+"""Of the tensors that are left out; --json has all of them."""
 
 
 _OPTIONS = f"""
@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     from headstart.convert.convert import convert
 
     with progress(None, "converting") as bar:
-        done = convert(
+        conversion = convert(
             args.source,
             args.target,
             layout=args.layout,
@@ -50,19 +50,19 @@ def _run(args: argparse.Namespace) -> int:
             timeout_s=args.timeout,
             on_bytes=lambda count: bar.set_description(f"converting, {count / 1e6:.0f} MB"),
         )
-    answer(args, done.to_json(), "\n".join(_lines(done)))
+    answer(args, conversion.to_json(), "\n".join(_lines(conversion)))
     return 0
 
 
-def _lines(done: Conversion) -> Iterator[str]:
-    size = f"{done.size_bytes / 1e6:.1f} MB"
-    yield f"{done.target}: {done.tensors} tensors, mostly {done.dtype}, {size}"
-    if done.multiplied is not None:
-        yield f"read {done.multiplied}: every number has its scale in it now"
-    if done.left_out:
-        yield f"left out, {len(done.left_out)}:"
-        yield from (f"  {what}" for what in done.left_out[:LISTED])
-        if len(done.left_out) > LISTED:
+def _lines(conversion: Conversion) -> Iterator[str]:
+    size = f"{conversion.size_bytes / 1e6:.1f} MB"
+    yield f"{conversion.target}: {conversion.tensors} tensors, mostly {conversion.dtype}, {size}"
+    if conversion.multiplied is not None:
+        yield f"read {conversion.multiplied}: every number has its scale in it now"
+    if conversion.left_out:
+        yield f"left out, {len(conversion.left_out)}:"
+        yield from (f"  {what}" for what in conversion.left_out[:MOST_LINES])
+        if len(conversion.left_out) > MOST_LINES:
             yield "  ... (--json lists all)"
 
 

@@ -30,7 +30,7 @@ _WORD = re.compile(r"[^\W\d_]+|[^\s\w!-~→]")
 
 def odd_in(prompts: Sequence[str], size: str | None, loras: Sequence[str]) -> list[str]:
     """A line for a person about each thing that the bundled pair was not made for."""
-    lines = [line for prompt in prompts if (line := _unknown(prompt)) is not None]
+    lines = [line for prompt in prompts if (line := _oddity(prompt)) is not None]
     sides = read_size(size) or (SIDE, SIDE)
     if sides != (SIDE, SIDE) and not any(side < 8 or side % 8 for side in sides):  # an error
         lines.append(
@@ -38,26 +38,29 @@ def odd_in(prompts: Sequence[str], size: str | None, loras: Sequence[str]) -> li
             "of several things"
         )
     for name, strength in map(parse_adapter, loras):
-        at, known = strength.value, name in headstart_weights.manifest().controls
-        if known and isinstance(at, float) and abs(at) > MOST_STRENGTH:
-            lines.append(f"--lora {name}:{at:g}: trained from -2 to 2, it draws noise far beyond")
+        value, is_control = strength.value, name in headstart_weights.manifest().controls
+        if is_control and isinstance(value, float) and abs(value) > MOST_STRENGTH:
+            lines.append(
+                f"--lora {name}:{value:g}: trained from -2 to 2, it draws noise far beyond"
+            )
     return lines
 
 
-def _unknown(prompt: str) -> str | None:
-    found = headstart_weights.manifest()
-    things = {word for name in found.concepts for word in name.split()}
-    known = things | {*found.styles, *found.backgrounds} | _SMALL
-    words = [sign.lower() for sign in _WORD.findall(_LEVEL.sub(" ", prompt))]
-    strange = [sign for sign in dict.fromkeys(words) if sign.removesuffix("s") not in known]
-    strange = [sign for sign in strange if sign not in known]
-    if not strange and not things.isdisjoint({*words, *(sign.removesuffix("s") for sign in words)}):
+def _oddity(prompt: str) -> str | None:
+    manifest = headstart_weights.manifest()
+    things = {word for name in manifest.concepts for word in name.split()}
+    vocabulary = things | {*manifest.styles, *manifest.backgrounds} | _SMALL
+    words = [word.lower() for word in _WORD.findall(_LEVEL.sub(" ", prompt))]
+    stems = [word.removesuffix("s") for word in words]
+    pairs = dict(zip(words, stems, strict=True)).items()
+    strange = [word for word, stem in pairs if vocabulary.isdisjoint((word, stem))]
+    if not strange and not things.isdisjoint(words + stems):
         return None
-    named = ", ".join(map(repr, strange[:5])) + (" ..." if len(strange) > 5 else "")
+    names = ", ".join(map(repr, strange[:5])) + (" ..." if len(strange) > 5 else "")
     close: list[str] = []
-    for sign in strange:
-        close += get_close_matches(sign, sorted(known - _SMALL), 1, _NEAR)
-    lacks = f"has no word for {named}" if strange else f"finds none of its things in {prompt!r:.40}"
+    for word in strange:
+        close += get_close_matches(word, sorted(vocabulary - _SMALL), 1, _NEAR)
+    lacks = f"has no word for {names}" if strange else f"finds none of its things in {prompt!r:.40}"
     hint = f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
     return f"the bundled pair {lacks}{hint}: `headstart demo` lists the 28 things that it draws"
 
@@ -68,18 +71,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        found = headstart_weights.manifest()
+        manifest = headstart_weights.manifest()
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
     parts = {
-        "things": found.concepts,
-        "styles": found.styles,
-        "backgrounds": found.backgrounds,
-        "sliders": found.controls,
+        "things": manifest.concepts,
+        "styles": manifest.styles,
+        "backgrounds": manifest.backgrounds,
+        "sliders": manifest.controls,
     }
-    lines = {prompt: _unknown(prompt) for prompt in args.prompt}
-    shown = [f"{prompt!r}: {line or 'all of it is known'}" for prompt, line in lines.items()]
-    answer(args, {"size": SIDE, **parts, "odd": lines}, "\n".join(shown or _page(parts)))
+    lines = {prompt: _oddity(prompt) for prompt in args.prompt}
+    answers = [f"{prompt!r}: {line or 'all of it is known'}" for prompt, line in lines.items()]
+    answer(args, {"size": SIDE, **parts, "odd": lines}, "\n".join(answers or _page(parts)))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from headstart.commands.parser import add_options
-from headstart.commands.planned import compiled, headers_of
+from headstart.commands.planned import compile_plans, headers_of
 from headstart.commands.values import read_size, uses_bundled
 from headstart.cost.cards import CARDS, card_of
 from headstart.errors import InputError, counted
@@ -69,12 +69,12 @@ def check_estimate(args: argparse.Namespace) -> None:
         )
     for name in ("dtype", "vae_dtype"):
         if (dtype := getattr(args, name)) not in ("auto", *_DTYPES):
-            option, known = name.replace("_", "-"), ", ".join(_DTYPES)
-            raise InputError(f"--{option} {dtype!r:.40}: --estimate counts {known}")
+            option, dtypes = name.replace("_", "-"), ", ".join(_DTYPES)
+            raise InputError(f"--{option} {dtype!r:.40}: --estimate counts {dtypes}")
     _chunks(args)
 
 
-def estimated(
+def estimate_plans(
     args: argparse.Namespace, plans: Mapping[str, PlanSettings]
 ) -> tuple[str, dict[str, Any]]:
     """The estimates of all plans, as text and as JSON."""
@@ -82,12 +82,12 @@ def estimated(
 
     from headstart.cost.estimate import ASSUMPTIONS, estimate
 
-    card, (models, tables) = card_of(args.device), _counted(args, plans)
+    card, (models, tables) = card_of(args.device), _sizes_and_tables(args, plans)
     first = next(iter(models.values()))
     side = max(8, first.vae.downscale)
     pixels = check_size(read_size(args.size), first.family.image_size, side)
     dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)
-    found = [
+    estimates = [
         estimate(
             *(models, table, card),
             pixels=pixels,
@@ -102,11 +102,11 @@ def estimated(
     notes = [
         *ASSUMPTIONS,
         *([f"of no account to an estimate: {', '.join(idle)}"] if idle else []),
-        *_elsewhere(args, plans),
+        *_other_families(args, plans),
     ]
-    return "\n\n".join([*map(str, found), "\n".join(notes)]), {
+    return "\n\n".join([*map(str, estimates), "\n".join(notes)]), {
         "evidence": "estimate",
-        "estimates": [one.to_json() for one in found],
+        "estimates": [row.to_json() for row in estimates],
         "assumptions": notes,
     }
 
@@ -116,8 +116,8 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
     than there are seeds, since then it would be the estimate of another run."""
     images = len(parse_seeds(args.seeds))
     batch = args.batch or images
-    networks, *rest = (batch,) if isinstance(batch, int) else batch
-    decode, bands = (*rest, *(networks, 1)[len(rest) :])
+    networks, *others = (batch,) if isinstance(batch, int) else batch
+    decode, bands = (*others, *(networks, 1)[len(others) :])
     if max(networks, decode) > images:
         raise InputError(
             f"--batch {max(networks, decode)} is of {counted(images, 'image')}: --estimate counts "
@@ -126,7 +126,7 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
     return networks, decode, bands
 
 
-def _elsewhere(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[str]:
+def _other_families(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[str]:
     """A line for each preset that is published for another family than --family."""
     names = dict.fromkeys(pair.name for pair in _pairs(args, plans).values())
     return [
@@ -153,7 +153,7 @@ def _pairs(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> dict[
     return pairs
 
 
-def _counted(
+def _sizes_and_tables(
     args: argparse.Namespace, plans: Mapping[str, PlanSettings]
 ) -> tuple[Mapping[str, Sizes], list[StepTable]]:
     """Role -> sizes, and the tables. One file alone is both models, as for `headstart plan`."""
@@ -169,7 +169,7 @@ def _counted(
         ]
     if not uses_bundled(args):
         args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
-    tables = compiled(args, plans)
+    tables = compile_plans(args, plans)
     paths = {role: model.path for role, model in headers_of(args).models.items()}
     overrides = Overrides(
         head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow

@@ -38,62 +38,63 @@ def _run(args: argparse.Namespace) -> int:
     from headstart.sweep.evaluation import evaluate
     from headstart.sweep.gallery_features import check_reference, extract_features, read_reference
 
-    judge, notes = choose_judge(_known(galleries, args.reference), args.features)
+    judge, notes = choose_judge(_sources(galleries, args.reference), args.features)
     for line in notes:
         note(line)
     if args.reference is not None:
         check_reference(judge)
     with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:
-        seen = [extract_features(gallery, judge, bar.update) for gallery in galleries]
+        features = [extract_features(gallery, judge, bar.update) for gallery in galleries]
     reference = None
     if args.reference is not None:
         with progress(None, "reference"):
             reference = read_reference(args.reference, judge)
     with progress(None, "intervals"):
-        found = evaluate(seen, judge, reference)
-    answer(args, found.to_json(), _told(found))
+        evaluation = evaluate(features, judge, reference)
+    answer(args, evaluation.to_json(), _text(evaluation))
     return 0
 
 
-def _known(galleries: Sequence[Gallery], reference: str | None) -> list[PictureSource]:
+def _sources(galleries: Sequence[Gallery], reference: str | None) -> list[PictureSource]:
     """What folders say of their pictures, a reference folder's too."""
     from headstart.metrics.judges import PictureSource
     from headstart.sweep.gallery import picture_sizes, read_lineage, read_pictures
 
-    found = [
-        PictureSource(own.name, own.lineage, picture_sizes([one.path for one in own.pictures]))
+    sources = [
+        PictureSource(own.name, own.lineage, picture_sizes([p.path for p in own.pictures]))
         for own in galleries
     ]
-    if reference is not None and reference != "bundled":
+    if reference not in (None, "bundled", *(source.name for source in sources)):
         folder = Path(reference)
-        known = PictureSource(reference, read_lineage(folder), picture_sizes(read_pictures(folder)))
-        found += [known] * all(reference != own.name for own in found)
-    return found
+        sizes = picture_sizes(read_pictures(folder))
+        sources.append(PictureSource(reference, read_lineage(folder), sizes))
+    return sources
 
 
-def _told(found: Evaluation) -> str:
+def _text(evaluation: Evaluation) -> str:
     """The table for a terminal, what its numbers are, and the paired comparisons."""
-    lines = [_header(found), *(_line(row) for row in found.rows)]
-    further = zip(found.words[1:], found.spaces[1:], strict=True)
+    lines = [_header(evaluation), *(_line(row) for row in evaluation.rows)]
+    further = zip(evaluation.words[1:], evaluation.spaces[1:], strict=True)
     spaces = " · ".join(f"{word}: diversity of {space} features" for word, space in further)
-    lines += ["", f"features: {found.spaces[0]} · {spaces} · 95 % "
+    lines += ["", f"features: {evaluation.spaces[0]} · {spaces} · 95 % "
               "intervals over prompts, or over seeds where there is one prompt"]  # fmt: skip
-    if found.scored_by not in (None, found.spaces[0]):
-        lines.append(f"score: by {found.scored_by}")
-    if found.reference is not None:
-        lines.append(_about(found.reference, found.frechet))
-    for row in found.rows:
-        own = row.gallery
-        if own.missing:
-            lines.append(f"{own.name}: not finished: {counted(own.missing, 'case')}")
-        if row.varied < len(own.prompts):
-            lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
-    for apart in found.contrasts:
-        lines += _contrast(apart, found.words)
+    if evaluation.scored_by not in (None, evaluation.spaces[0]):
+        lines.append(f"score: by {evaluation.scored_by}")
+    if evaluation.reference is not None:
+        lines.append(_reference_line(evaluation.reference, evaluation.frechet))
+    for row in evaluation.rows:
+        gallery = row.gallery
+        if gallery.missing:
+            lines.append(f"{gallery.name}: not finished: {counted(gallery.missing, 'case')}")
+        if row.varied < len(gallery.prompts):
+            prompts = f"the {row.varied} prompts with two images"
+            lines.append(f"{gallery.name}: diversity is of {prompts}")
+    for contrast in evaluation.contrasts:
+        lines += _contrast(contrast, evaluation.words)
     return "\n".join(lines)
 
 
-def _about(reference: Reference, word: str) -> str:
+def _reference_line(reference: Reference, word: str) -> str:
     features = reference.features
     images = "" if features is None else f", {counted(len(features), 'image')}"
     fid = "; papers take an FID of 30,000 to 50,000" if word == "FID" else ""
@@ -103,24 +104,24 @@ def _about(reference: Reference, word: str) -> str:
     )
 
 
-def _header(found: Evaluation) -> str:
+def _header(evaluation: Evaluation) -> str:
     head = f"{'folder':<20}{'plan':<18}{'passes':>7}{'images':>8}{'prompts':>8}"
-    head += "".join(f"{word:>11}{'95 %':>16}" for word in found.words)
+    head += "".join(f"{word:>11}{'95 %':>16}" for word in evaluation.words)
     head += f"{'Vendi':>8}{'score':>8}"
-    if found.reference is not None:
-        head += f"{found.frechet:>10}{'95 %':>20}"
-        if found.reference.features is not None:
+    if evaluation.reference is not None:
+        head += f"{evaluation.frechet:>10}{'95 %':>20}"
+        if evaluation.reference.features is not None:
             head += f"{'KID':>10}{'95 %':>22}{'prec.':>7}{'recall':>7}{'cover.':>7}"
     return head
 
 
 def _line(row: Row) -> str:
-    own = row.gallery
-    line = f"{_cut(own.name, 19):<20}{_cut(own.plan, 17):<18}{own.passes:>7}"
-    line += f"{len(own.pictures):>8}{len(own.prompts):>8}"
-    for found in row.spaces.values():
-        line += f"{_value(found.diversity, 3):>11}"
-        line += f"{_spread(None if found.diversity is None else found.diversity.best, 3):>16}"
+    gallery = row.gallery
+    line = f"{_tail(gallery.name, 19):<20}{_tail(gallery.plan, 17):<18}{gallery.passes:>7}"
+    line += f"{len(gallery.pictures):>8}{len(gallery.prompts):>8}"
+    for space in row.spaces.values():
+        line += f"{_value(space.diversity, 3):>11}"
+        line += f"{_spread(None if space.diversity is None else space.diversity.best, 3):>16}"
     line += f"{_value(row.variety.vendi, 2):>8}{_value(row.score, 3):>8}"
     if row.frechet is not None:
         digits = 4 if row.frechet.value < 10.0 else 2  # an FID is tens, of short features it is not
@@ -128,26 +129,24 @@ def _line(row: Row) -> str:
     if row.kid is not None:
         line += f"{row.kid.value:>10.5f}{_spread(row.kid.best, 5):>22}"
     if row.neighbours is not None:
-        shown = [row.neighbours[name].value for name in ("precision", "recall", "coverage")]
-        line += "".join(f"{value:>7.2f}" for value in shown)
+        values = [row.neighbours[name].value for name in ("precision", "recall", "coverage")]
+        line += "".join(f"{value:>7.2f}" for value in values)
     return line
 
 
-def _contrast(found: Contrast, words: Sequence[str]) -> list[str]:
-    prompts, images = counted(found.prompts, "prompt"), counted(found.images, "image")
-    lines = [f"\n{found.a} minus {found.b}, {prompts}, {images} each"]
-    named = zip((*words, "score"), (*found.spaces.values(), found.score), strict=True)
-    for name, one in named:
-        if one is not None:
-            lines.append(f"  {name:<10}{_paired(one)}")
+def _contrast(contrast: Contrast, words: Sequence[str]) -> list[str]:
+    prompts, images = counted(contrast.prompts, "prompt"), counted(contrast.images, "image")
+    lines = [f"\n{contrast.a} minus {contrast.b}, {prompts}, {images} each"]
+    pairs = zip((*words, "score"), (*contrast.spaces.values(), contrast.score), strict=True)
+    lines += [f"  {name:<10}{_paired(pair)}" for name, pair in pairs if pair is not None]
     return lines
 
 
-def _paired(found: Paired) -> str:
-    interval = found.over_prompts or found.over_seeds
+def _paired(paired: Paired) -> str:
+    interval = paired.over_prompts or paired.over_seeds
     if interval is None or interval.low == interval.high:  # of one image
-        return f"{found.difference:+.4f}"
-    p = "" if found.p_value is None else f"   p = {found.p_value:.2g} (sign flips over prompts)"
+        return f"{paired.difference:+.4f}"
+    p = "" if paired.p_value is None else f"   p = {paired.p_value:.2g} (sign flips over prompts)"
     return f"{interval.value:+.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]{p}"
 
 
@@ -159,7 +158,7 @@ def _spread(interval: Interval | None, digits: int) -> str:
     return "-" if interval is None else f"{interval.low:.{digits}f} .. {interval.high:.{digits}f}"
 
 
-def _cut(text: str, width: int) -> str:
+def _tail(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[1 - width :]
 
 

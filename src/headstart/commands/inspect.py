@@ -44,7 +44,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        info = _deep(args.file, args.allow) if args.deep else _shallow(args.file, args.allow)
+        info = _read(args.file, args.allow, deep=args.deep)
     except CheckpointError as error:
         if args.debug:
             raise
@@ -54,19 +54,13 @@ def _run(args: argparse.Namespace) -> int:
         return 1
     adapter = None
     if info.layout == "adapter" and info.ok:
-        adapter, refusal = _adapter(args.file)
-        problems = () if refusal is None else (refusal,)
-        if adapter is None:
-            info = replace(info, problems=problems, notes=(), next=None)
-        elif left := [key for key in adapter.strays if not is_allowed(key, args.allow)]:
-            problem = (
-                f"{len(left)} keys are of no naming that is known: {first_few(left)}. {_LEAVE}"
-            )
+        adapter, problem = _adapter(args.file, args.allow)
+        if problem is not None:
             info = replace(info, problems=(problem,), notes=(), next=None)
-        elif adapter.family not in (None, *FAMILIES):
+        elif adapter is not None and adapter.family not in (None, *FAMILIES):
             info = replace(info, notes=(), next=_ELSEWHERE)
-    more = {} if adapter is None else {"adapter": adapter.to_json()}
-    answer(args, info.to_json() | more, "\n".join(_table(info, adapter)))
+    facts = {} if adapter is None else {"adapter": adapter.to_json()}
+    answer(args, info.to_json() | facts, "\n".join(_table(info, adapter)))
     return 0 if info.ok else 1
 
 
@@ -77,25 +71,24 @@ _ELSEWHERE = (
 )
 
 
-def _adapter(file: Path) -> tuple[AdapterInfo | None, str | None]:
-    """What kind of adapter it is, or the sentence with which `--lora` refuses it."""
+def _adapter(file: Path, allow: list[str]) -> tuple[AdapterInfo | None, str | None]:
+    """What kind of adapter it is, and the sentence with which `--lora` refuses it, if it does."""
     from headstart.adapters.info import describe_adapter
 
     try:
-        return describe_adapter(file), None
+        adapter = describe_adapter(file)
     except AdapterError as error:
         return None, str(error).removeprefix(f"{file}: ")
+    keys = [key for key in adapter.strays if not is_allowed(key, allow)]
+    problem = f"{len(keys)} keys are of no naming that is known: {first_few(keys)}. {_LEAVE}"
+    return adapter, problem if keys else None
 
 
-def _shallow(file: Path, allow: list[str]) -> CheckpointInfo:
+def _read(file: Path, allow: list[str], *, deep: bool) -> CheckpointInfo:
     from headstart.checkpoint.checkpoint import inspect_checkpoint
 
-    return inspect_checkpoint(file, allow=allow)
-
-
-def _deep(file: Path, allow: list[str]) -> CheckpointInfo:
-    from headstart.checkpoint.checkpoint import inspect_checkpoint
-
+    if not deep:
+        return inspect_checkpoint(file, allow=allow)
     with progress(1, "reading every number", "B") as bar:
 
         def show(done: int, total: int) -> None:
@@ -151,7 +144,7 @@ def _adapter_facts(adapter: AdapterInfo | None) -> Iterator[tuple[str, str]]:
     )
     yield "layers", ", ".join(counts)
     if adapter.tokens:
-        yield "tokens", _listed(adapter.tokens)
+        yield "tokens", _first_names(adapter.tokens)
 
 
 def _token_facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
@@ -159,11 +152,11 @@ def _token_facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
         return
     yield "family", embedding.family or "scaled down, or not known"
     counts = zip(embedding.tokens, embedding.vectors, strict=True)
-    named = [f"{own:.80} ({n} vector{'s' if n > 1 else ''})" for own, n in counts]
-    yield "tokens", _listed(named)
+    names = [f"{token:.80} ({n} vector{'s' if n > 1 else ''})" for token, n in counts]
+    yield "tokens", _first_names(names)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
 

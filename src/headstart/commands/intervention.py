@@ -1,6 +1,6 @@
-"""What a command line changes of a run from a step on, and the ways on that it asks for.
+"""Options that change a run from a step on, and the branches that they ask for.
 
---from-step 1-3 --reseed 7        the rows after, under fresh noise: one way on for each step
+--from-step 1-3 --reseed 7        the rows after, under fresh noise: a branch for each step
 --switch base@2                   another model from there on
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from headstart.commands.parser import add_options
-from headstart.commands.values import read_texts, worded
+from headstart.commands.values import read_prompt, read_texts
 from headstart.errors import InputError
 from headstart.plan.request import parse_numbers, parse_seeds
 
@@ -44,10 +44,11 @@ class Intervention(NamedTuple):
                         f"plan {name!r} has steps 0 to {len(table) - 1}, so it can change from "
                         f"step 1 to {len(table) - 1}, not from {step}: choose another step or plan"
                     )
-                known = engine.weights
-                own = changed(table, step, known, model=self.model, guidance=self.guidance)
+                rows = changed(
+                    table, step, engine.weights, model=self.model, guidance=self.guidance
+                )
                 if self.prompt is not None:
-                    check_heard(self.prompt, own, step)
+                    check_heard(self.prompt, rows, step)
 
     @property
     def guided(self) -> bool:
@@ -55,7 +56,7 @@ class Intervention(NamedTuple):
         return self.guidance not in (None, 1.0) and self.negative is not None
 
     def images(self, count: int) -> int:
-        """How many images one way on has, where the run has `count`."""
+        """How many images a branch has, where the run has `count`."""
         return count if self.seeds is None else len(self.seeds)
 
     def branches(
@@ -77,7 +78,7 @@ class Intervention(NamedTuple):
 
 
 _OPTIONS = """
-    --from-step K       the first step that changes; 1-3: one way on for each
+    --from-step K       the first step that changes; 1-3: a branch for each
     --switch MODEL@K    this model takes over at step K, or at each of 1-3
     --reseed SEEDS      what is predicted, under fresh noise; default: none
     --guidance W        from there on; default: the plan's
@@ -118,6 +119,6 @@ def read_intervention(args: argparse.Namespace) -> Intervention | None:
         model=model,
         seeds=None if args.reseed is None else parse_seeds(args.reseed),
         guidance=args.guidance,
-        prompt=None if args.prompt_from is None else worded(args.prompt_from),
+        prompt=None if args.prompt_from is None else read_prompt(args.prompt_from),
         negative=read_texts(args.negative),
     )

@@ -29,14 +29,14 @@ _ELSEWHERE = {
     "--model": "--base",
     "--output": "--out",
 }
-"""What other programs call an option of ours."""
+"""An option of other programs, and ours for it."""
 
 
 class Expert(str):
     """The help of an option that --help leaves to --help-all."""
 
 
-class _Whole(argparse.HelpFormatter):
+class _AllOptions(argparse.HelpFormatter):
     """Every option, and a usage line of what must be typed; text of several lines keeps them."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -49,12 +49,12 @@ class _Whole(argparse.HelpFormatter):
         groups: Iterable[Any],
         prefix: str | None = None,
     ) -> None:
-        needed = [one for one in actions if one.required or not one.option_strings]
+        required = [action for action in actions if action.required or not action.option_strings]
         self._prog += " [options]"
-        super().add_usage(usage, needed, (), prefix)
+        super().add_usage(usage, required, (), prefix)
 
 
-class _Basics(_Whole):
+class _BasicOptions(_AllOptions):
     """Without the options of experts."""
 
     def add_argument(self, action: argparse.Action) -> None:
@@ -64,7 +64,7 @@ class _Basics(_Whole):
 
 class _HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.formatter_class = _Whole
+        parser.formatter_class = _AllOptions
         parser.print_help()
         parser.exit()
 
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
     """A parser of one command, of all of them, or of options that commands share."""
 
     def __init__(self, *, add_help: bool = True, **settings: Any) -> None:
-        super().__init__(add_help=False, formatter_class=_Basics, **settings)
+        super().__init__(add_help=False, formatter_class=_BasicOptions, **settings)
         # argparse takes "-2,0,2" for an option; no option of ours begins with a digit.
         self._negative_number_matcher = re.compile(r"-\.?\d")
         if add_help:
@@ -114,15 +114,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def share(self, parents: Iterable[Parser]) -> None:
-        """Take the options of others, behind one's own."""
+        """Add the options of others after its own."""
         for parent in parents:
             self._add_container_actions(parent)  # pyright: ignore[reportUnknownMemberType]
 
     def refuse(self, command: str, extra: Sequence[str]) -> NoReturn:
-        """The error for words that `command` does not take: what they are called here."""
-        chosen = next(one for one in self._actions if one.nargs == argparse.PARSER)
-        parser = cast("Mapping[str, Parser]", chosen.choices)[command]
-        options = [option for one in _actions(parser) for option in one.option_strings]
+        """The error for words that `command` does not know, with the option that may be meant."""
+        commands = next(action for action in self._actions if action.nargs == argparse.PARSER)
+        parser = cast("Mapping[str, Parser]", commands.choices)[command]
+        options = [option for action in _actions(parser) for option in action.option_strings]
         name = extra[0].partition("=")[0]
         option = _ELSEWHERE.get(name.replace("_", "-")) or next(
             iter(get_close_matches(name, options, 1, 0.7)), None
@@ -167,8 +167,8 @@ def add_options(group: argparse._ActionsContainer, rows: str, **settings: Settin
         head, about = re.split(r"\s{2,}", row, maxsplit=1)
         names = re.findall(r"--[\w-]+", head)
         metavar = head.rpartition(names[-1])[2].strip()
-        more = settings.get(names[0][2:].replace("-", "_"), {})
-        options: dict[str, Any] = {"type": more} if callable(more) else {**more}
+        setting = settings.get(names[0][2:].replace("-", "_"), {})
+        options: dict[str, Any] = {"type": setting} if callable(setting) else {**setting}
         if metavar:
             options["metavar"] = metavar
         elif not options:
@@ -195,10 +195,10 @@ class Command(NamedTuple):
 
     def add_to(self, commands: argparse._SubParsersAction[Parser]) -> None:  # pyright: ignore
         """Add its parser."""
-        shown = ["examples:", *(f"  {line}" for line in self.examples)]
-        own = commands.add_parser(
-            self.name, help=self.about, description=f"{self.about}.", epilog="\n".join(shown)
+        lines = ["examples:", *(f"  {line}" for line in self.examples)]
+        parser = commands.add_parser(
+            self.name, help=self.about, description=f"{self.about}.", epilog="\n".join(lines)
         )
-        self.add_options(own)
-        own.share(self.parents)
-        own.set_defaults(run=self.run)
+        self.add_options(parser)
+        parser.share(self.parents)
+        parser.set_defaults(run=self.run)

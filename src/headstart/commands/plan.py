@@ -9,7 +9,7 @@ from headstart.commands.arguments import PREDICTION, every
 from headstart.commands.console import note
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import add_plan_options, plan_settings
-from headstart.commands.planned import check_steps, compiled, headers_of
+from headstart.commands.planned import check_steps, compile_plans, headers_of
 from headstart.commands.values import read_predictions
 from headstart.commands.width import show
 from headstart.plan.by_name import named_pair, named_plan
@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
         table, ratio = _of_preset(args, settings)
     else:  # one file alone is both models
         args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
-        (table,) = compiled(args, {args.plan: settings})
+        (table,) = compile_plans(args, {args.plan: settings})
         headers = headers_of(args)
         for line in headers.notes:
             note(line)
@@ -55,11 +55,11 @@ def _of_preset(args: argparse.Namespace, settings: PlanSettings) -> tuple[StepTa
 
     plan = named_plan(args.plan, settings, "demo")
     pair = named_pair(args.plan, settings, "demo")
-    found = read_predictions(args.prediction)
-    both = found if isinstance(found, dict) else dict.fromkeys(pair.predictions, found)
-    typed = {role: Prediction(kind) for role, kind in both.items() if kind is not None}
+    option = read_predictions(args.prediction)
+    both = option if isinstance(option, dict) else dict.fromkeys(pair.predictions, option)
+    predictions = {role: Prediction(kind) for role, kind in both.items() if kind is not None}
     check_steps(args.plan, settings, pair.name)
-    return plan.compile(pair.schedules, prediction=pair.predictions | typed), pair.ratio
+    return plan.compile(pair.schedules, prediction=pair.predictions | predictions), pair.ratio
 
 
 PLAN = Command(

@@ -54,7 +54,7 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Everything that one plan can be told."""
+    """All options of one plan."""
     _add(parser.add_argument_group("plan"), _PLAN, "hybrid")
 
 
@@ -63,7 +63,7 @@ def add_plans(
     *,
     modes: bool = False,
 ) -> None:
-    """Several plans, each by itself; `modes`: what plans given by name can be told."""
+    """Several plans, each by itself; `modes`: with the options of plans given by name."""
     _add(parser, _PLANS + _MODE * modes, "base,distilled,hybrid")
 
 
@@ -88,13 +88,13 @@ def add_diversify(parser: argparse.ArgumentParser, about: str = "may be repeated
     add_options(parser, rows, diversify=LIST)
 
 
-def read_diversify(args: argparse.Namespace, *, apart: bool = False) -> tuple[Method, ...]:
-    """The methods that were typed; `apart`: each is a run of its own, so that a name may come
-    again. Raises InputError for one that there is not."""
+def read_diversify(args: argparse.Namespace, *, separate: bool = False) -> tuple[Method, ...]:
+    """The methods of --diversify; `separate`: each is a run of its own, so that a name may come
+    again. Raises InputError for an unknown one."""
     if not args.diversify:
         return ()
     from headstart.diversify.methods import parse_method, read_methods
 
-    if apart:
+    if separate:
         return tuple(dict.fromkeys(map(parse_method, args.diversify)))
     return read_methods(args.diversify)

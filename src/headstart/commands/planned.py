@@ -1,5 +1,5 @@
-"""Plans compiled from the headers of the files, before weights are read: what is missing, swapped
-or off its grid is told in a fraction of a second."""
+"""Plans compiled from the headers of the files, before weights are read: a missing file, a swap or
+a wrong step count is an error or a warning after a fraction of a second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COUNTED = {
 """Pairs that have a network for each step count."""
 
 
-def compiled(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[StepTable]:
+def compile_plans(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[StepTable]:
     """The tables of plans given by name. Prints warnings; raises the errors of a run."""
     from headstart.engine.tables import compile_for
 
@@ -69,7 +69,7 @@ def _check_files(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) ->
     """Raise InputError for a plan with a model that no option names."""
     if uses_bundled(args):
         return
-    there = {
+    models = {
         "base": args.base,
         "distilled": args.distilled or getattr(args, "distilled_lora", None),
     }
@@ -77,8 +77,8 @@ def _check_files(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) ->
     for plan in plans:
         needs = () if plan.endswith(TOML) else _NEEDS.get(plan, ("base", "distilled"))
         for role in needs:
-            if there[role] is None:
-                other = next(name for name in there if name != role)
+            if models[role] is None:
+                other = next(name for name in models if name != role)
                 way = "" if role == plan else f", or --plan {other} for what is there"
                 raise InputError(
                     f"plan {plan!r} runs the {role} model, and --{role} is missing: give "
@@ -86,9 +86,9 @@ def _check_files(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) ->
                 )
 
 
-def check_steps(plan: str, settings: PlanSettings, known: str | None) -> None:
+def check_steps(plan: str, settings: PlanSettings, usual: str | None) -> None:
     """Warn of a step count that the pair has no network for."""
-    preset = settings.get("preset") or (plan if plan in PRESETS else known)
+    preset = settings.get("preset") or (plan if plan in PRESETS else usual)
     steps = settings.get("steps")
     grid = settings.get("timesteps") or settings.get("sigmas")
     if plan == "base" or steps is None or grid or preset not in _COUNTED:

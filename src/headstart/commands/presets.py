@@ -33,6 +33,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _lines(pairs: Sequence[Pair]) -> Iterator[str]:
     """Two a pair."""
+    from headstart.plan.table import level_text
+
     yield f"{'preset':<20}{'steps':<19}{'hand-off':<10}update"
     for pair in pairs:
         first, *others = map(str, pair.steps)
@@ -40,7 +42,9 @@ def _lines(pairs: Sequence[Pair]) -> Iterator[str]:
         handoff = _handoff(pair)
         level = "none" if handoff is None else f"{handoff:.3g}"
         yield f"{pair.name:<20}{counts:<19}{level:<10}{pair.update.value}"
-        yield f"    {_more(pair)}"
+        levels = " ".join(level_text(level, ".3g") for level in pair.grid(pair.steps[0]).sigmas)
+        base = f"{pair.base_update.value} {pair.base_guidance:g}"
+        yield f"    levels {levels}; guidance {pair.guidance:g}, base {base}; {pair.card}"
 
 
 def _row(pair: Pair) -> dict[str, object]:
@@ -74,14 +78,6 @@ def _handoff(pair: Pair) -> float | None:
         return None
     table = plan.compile(pair.schedules, prediction=pair.predictions)
     return table[table.handoffs[0]].sigma
-
-
-def _more(pair: Pair) -> str:
-    from headstart.plan.table import level_text
-
-    levels = " ".join(level_text(level, ".3g") for level in pair.grid(pair.steps[0]).sigmas)
-    base = f"{pair.base_update.value} {pair.base_guidance:g}"
-    return f"levels {levels}; guidance {pair.guidance:g}, base {base}; {pair.card}"
 
 
 PRESETS = Command(

@@ -54,12 +54,12 @@ def _run(args: argparse.Namespace) -> int:
         size_bytes = count * height * width * 3
         check_run(args.out, count, overwrite=args.overwrite, size_bytes=size_bytes)
     if recorded.position is not None:
-        recorded = replace(recorded, weights=_found(args.record, recorded.weights))
-    args_as_recorded = _as_recorded(args, recorded.weights, recorded.machine)
+        recorded = replace(recorded, weights=_locate(args.record, recorded.weights))
+    args = _as_recorded(args, recorded.weights, recorded.machine)
     if recorded.position is not None:
-        _check_found(args, recorded.weights)
+        _check_files(args, recorded.weights)
     try:
-        engine = _opened(args_as_recorded, recorded)
+        engine = _open(args, recorded)
     except CheckpointError as error:
         if not re.search("head-dim|tokenizer", str(error)):
             raise
@@ -78,23 +78,24 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _found(picture: Path, weights: Weights) -> dict[str, dict[str, str]]:
-    """A picture names files without their folders: here they are, or a record.json beside it says
-    where."""
+def _locate(picture: Path, weights: Weights) -> dict[str, dict[str, str]]:
+    """A picture names files without their folders. Those that are not in the current folder have
+    the path that a record.json beside the picture says."""
     from headstart.engine.record import parse, read_record
 
-    beside: dict[str, str] = {}
+    paths: dict[str, str] = {}
     with suppress(InputError):
-        run = parse(read_record(picture.parent / RECORD))
-        beside = {own["sha256"]: own["file"] for own in run.weights.values()}
-    return {
-        role: {**own, "file": _nearest(own["file"], beside.get(own["sha256"]))}
-        for role, own in weights.items()
-    }
+        record = parse(read_record(picture.parent / RECORD))
+        paths = {file["sha256"]: file["file"] for file in record.weights.values()}
+    files = {role: dict(file) for role, file in weights.items()}
+    for file in files.values():
+        if not Path(file["file"]).exists():
+            file["file"] = paths.get(file["sha256"], file["file"])
+    return files
 
 
-def _check_found(args: argparse.Namespace, weights: Weights) -> None:
-    """Raise InputError for a file that only the picture's owner knows where to find."""
+def _check_files(args: argparse.Namespace, weights: Weights) -> None:
+    """Raise InputError for a file that is not here: where it is, only the picture's owner knows."""
     for role in _ROLES:
         path = getattr(args, role)
         if path is not None and not Path(path).exists():
@@ -104,12 +105,8 @@ def _check_found(args: argparse.Namespace, weights: Weights) -> None:
             )
 
 
-def _nearest(name: str, recorded: str | None) -> str:
-    return recorded if recorded is not None and not Path(name).exists() else name
-
-
-def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
-    """Packed as the run was: also a small pair, which is packed only where somebody asks for it."""
+def _open(args: argparse.Namespace, recorded: Recorded) -> Engine:
+    """Packed as the run was: also a small pair, which is packed only with --packed."""
     engine = open_engine(args, largest=recorded.size)
     if (
         args.packed in (None, "direct")
@@ -120,7 +117,7 @@ def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
         from headstart.networks.casting import compute_dtype
         from headstart.networks.packed import unpackable
 
-        if not any(unpackable(compute_dtype(own)) for own in engine.denoisers.values()):
+        if not any(unpackable(compute_dtype(network)) for network in engine.denoisers.values()):
             args.packed = True
             engine = open_engine(args, largest=recorded.size)
     return engine

@@ -23,9 +23,9 @@ from headstart.commands.plan_options import (
     plan_settings,
     read_diversify,
 )
-from headstart.commands.planned import compiled
+from headstart.commands.planned import compile_plans
 from headstart.commands.session import open_engine, report
-from headstart.commands.values import output, read_size, text_options, worded
+from headstart.commands.values import output, read_prompt, read_size, text_options
 from headstart.errors import InputError, counted
 from headstart.output import check_run
 from headstart.plan.request import pair_up, parse_seeds
@@ -56,7 +56,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    prompts = [worded(text) for text in args.prompts]
+    prompts = [read_prompt(text) for text in args.prompts]
     texts = text_options(args)
     several = any(isinstance(text, list) for text in texts.values())
     seeds = parse_seeds(args.seeds)
@@ -68,12 +68,12 @@ def _run(args: argparse.Namespace) -> int:
             f"--pair: {len(prompts)} prompts and {len(seeds)} seeds: give as many of both; "
             "without --pair every prompt is drawn with every seed"
         )
-    _, drawn = pair_up(prompts, seeds, distinct=not several)
-    counts = [len(cast("list[str]", own)) for own in texts.values() if isinstance(own, list)]
-    count = max(len(drawn), *counts, 1)
+    _, image_seeds = pair_up(prompts, seeds, distinct=not several)
+    counts = [len(cast("list[str]", text)) for text in texts.values() if isinstance(text, list)]
+    count = max(len(image_seeds), *counts, 1)
     size = read_size(args.size)
     methods = read_diversify(args)
-    compiled(args, {args.plan: plan_settings(args)})
+    compile_plans(args, {args.plan: plan_settings(args)})
     check_run(args.out, count, overwrite=args.overwrite, grid=args.grid)
     engine = open_engine(args, prompts)
     table = engine.compile(args.plan, **plan_settings(args))
@@ -100,8 +100,8 @@ def _run(args: argparse.Namespace) -> int:
 def _say_words(prompts: Sequence[str]) -> None:
     """`headstart sample a fox` is two prompts, which is seldom what was meant."""
     if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
-        typed = ", ".join(repr(prompt) for prompt in prompts[:4]) + ", ..." * (len(prompts) > 4)
-        note(f"{len(prompts)} prompts: {typed:.120}; quote a prompt of several words")
+        first = ", ".join(map(repr, prompts[:4])) + ", ..." * (len(prompts) > 4)
+        note(f"{len(prompts)} prompts: {first:.120}; quote a prompt of several words")
 
 
 def _combined(

@@ -1,4 +1,4 @@
-"""What commands that sample share: the engine that was asked for, images written, a run told."""
+"""What commands that sample share: the engine of their options, and the report of a run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
 
 def open_engine(
-    args: argparse.Namespace,
-    prompts: Sequence[str] = (),
-    *,
-    largest: tuple[int, int] | None = None,
+    args: argparse.Namespace, prompts: Sequence[str] = (), *, largest: tuple[int, int] | None = None
 ) -> Engine:
     """The bundled pair, or the files that the options of `arguments.sampling` name; with its
     adapters attached, those too that `prompts` name, and reading prompts as asked.
@@ -44,18 +41,18 @@ def open_engine(
     if uses_bundled(args) and not args.embedding:  # before anything loads
         for line in odd_in(list(dict.fromkeys(prompts)), getattr(args, "size", None), args.lora):
             warning(line)
-    wanted = [
+    adapters = [
         (name, adapter_path(name), strength) for name, strength in map(parse_adapter, args.lora)
     ]
-    _check_families(args, [path for _, path, _ in wanted])
+    _check_families(args, [path for _, path, _ in adapters])
     with loading(), progress(None, "loading weights"):
         engine = _load(args)
         reports = [
             engine.attach(path, strength, name=free_name(name, engine), allow=args.allow)
-            for name, path, strength in wanted
+            for name, path, strength in adapters
         ]
         if not getattr(args, "literal", False):
-            reports += _attach_named(engine, args, prompts)
+            reports += _attach_from_prompts(engine, args, prompts)
     from headstart.engine.models import one_file
 
     _compile_c(engine)
@@ -103,7 +100,7 @@ def _compile_c(engine: Engine) -> None:
 
 @cache
 def _say_without_c(why: str) -> None:
-    """Once a process, and not where somebody wanted it so or nobody can change it."""
+    """Once a process, and not where the user switched C off or the system has no compiler."""
     from headstart_kernels.native.library import SWITCH
 
     if os.name == "posix" and os.environ.get(SWITCH) != "0":
@@ -113,12 +110,12 @@ def _say_without_c(why: str) -> None:
         )
 
 
-def _attach_named(
+def _attach_from_prompts(
     engine: Engine, args: argparse.Namespace, prompts: Sequence[str]
 ) -> list[AdapterReport]:
-    """The adapters that `<lora:NAME:S>` in prompts names and no option has attached, from
-    --lora-folder or the bundled controls. They are at 0 where no prompt says more, so that they act
-    in those images alone whose prompts name them."""
+    """Attach the adapters that `<lora:NAME:S>` in prompts names and no option has attached, from
+    --lora-folder or the bundled controls; at strength 0 for images whose prompts do not name
+    them."""
     from headstart.conditioning.texts import named_adapters
 
     reports: list[AdapterReport] = []
@@ -209,7 +206,7 @@ def _load(args: argparse.Namespace) -> Engine:
     from headstart.engine.engine import Engine
 
     embeddings = [
-        parse_embedding(typed) if isinstance(typed, str) else typed for typed in args.embedding
+        parse_embedding(option) if isinstance(option, str) else option for option in args.embedding
     ]
     options: dict[str, Any] = {name: getattr(args, name) for name in _OF_ANY}
     options |= {"device": read_device(args.device), "embeddings": embeddings}
@@ -221,7 +218,7 @@ def _load(args: argparse.Namespace) -> Engine:
     return Engine.load(args.base, args.distilled, **options)
 
 
-def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
+def report(args: argparse.Namespace, trajectory: Trajectory, result: str) -> None:
     """Print what a run was and took, as one line or as JSON."""
     latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
     methods = [*map(str, trajectory.diversify)]
@@ -236,6 +233,6 @@ def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
         **({"diversify": methods} if methods else {}),
         **({} if trajectory.chosen is None else {"chosen": trajectory.chosen}),
     }
-    took = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
+    times = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
     how = ", ".join([f"plan {trajectory.table.name}", *methods])
-    answer(args, facts, f"{done} · {how}, {trajectory.passes} passes · {took}")
+    answer(args, facts, f"{result} · {how}, {trajectory.passes} passes · {times}")

@@ -11,9 +11,9 @@ from headstart.commands.arguments import add_out, add_prompt, add_reading, sampl
 from headstart.commands.console import RowBar, progress
 from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import PRESET, add_plans
-from headstart.commands.planned import compiled
+from headstart.commands.planned import compile_plans
 from headstart.commands.session import open_engine
-from headstart.commands.values import listed, one_prompt, uses_bundled
+from headstart.commands.values import one_prompt, split_list, uses_bundled
 from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
@@ -36,7 +36,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     (prompt, seeds), strengths = one_prompt(args), parse_strengths(args.strengths)
-    plans = listed(args.plan)
+    plans = split_list(args.plan)
     demo = uses_bundled(args)
     if not args.lora and demo:
         args.lora = list(headstart_weights.manifest().controls[:1])
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("slide needs an adapter: --lora FILE")
     if args.toward is not None and not demo:
         raise InputError("--toward needs a scorer, and the bundled one knows only the bundled pair")
-    compiled(args, {name: {"preset": args.preset} for name in plans})
+    compile_plans(args, {name: {"preset": args.preset} for name in plans})
     cells = len(plans) * len(seeds) * len(strengths)
     size_bytes = cells * 192 * 192 * 3
     check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     adapter = Path(parse_adapter(args.lora[0])[0]).stem
     judge = None if args.toward is None else open_features("scorer")
     with progress(sum(map(len, tables.values())), "sliding") as bar:
-        found = slide(
+        result = slide(
             engine,
             prompt,
             adapter,
@@ -69,9 +69,9 @@ def _run(args: argparse.Namespace) -> int:
             toward=args.toward,
             on_step=RowBar(bar),
         )
-    write_file(args.out, encode_png(strip_of(found)))
-    title = f"{prompt!r}, {found.adapter}, {counted(len(seeds), 'seed')}"
-    answer(args, found.to_json(str(args.out)), f"{title}\n\n{found}\n\n{args.out}")
+    write_file(args.out, encode_png(strip_of(result)))
+    title = f"{prompt!r}, {result.adapter}, {counted(len(seeds), 'seed')}"
+    answer(args, result.to_json(str(args.out)), f"{title}\n\n{result}\n\n{args.out}")
     return 0
 
 

@@ -16,7 +16,7 @@ from headstart.commands.console import note, progress
 from headstart.commands.parser import LIST, Command, add_options
 from headstart.commands.plan_options import add_diversify
 from headstart.commands.session import adapter_path, open_engine, use_local_device
-from headstart.commands.values import count, listed, numbers, output, read_size, uses_bundled
+from headstart.commands.values import count, numbers, output, read_size, split_list, uses_bundled
 from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_folder
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 GRID = ("preset", "steps", "timesteps", "sigmas", "update")
 QUICK_PROMPTS, QUICK_SEEDS = 4, 8
-SHOWN = 8
+MOST_SHOWN = 8
 TELL_EVERY_S = 60.0
 """Between two lines about the time left, where there is no terminal to draw a bar on."""
 
 
-_DRAWN = f"""
+_DRAW_OPTIONS = f"""
     --prompts LIST  {", ".join((*LISTS, DEMO))}, or a text file with one prompt a line; default:
         everything the bundled pair draws, or for other weights the paper's five
     --seeds SEEDS  such as 0-99; default: the list's number
@@ -53,7 +53,7 @@ _DRAWN = f"""
 _QUICK = """
     --quick         4 prompts, 8 seeds, plans and methods alone
 """
-_MEASURED = f"""
+_MEASURE_OPTIONS = f"""
     {REFERENCE}
     --keep N  pictures of each case and prompt that stay as files; default: %(default)s
     --control FILE[:STRENGTH]=WORDS  an adapter, and what it does: its effect on both models is
@@ -75,13 +75,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser, out, out={"type": output, "required": True})
     group = parser.add_argument_group("what is drawn")
     grids = dict.fromkeys(("k", "n", "guidance", "handoff"), numbers)
-    add_options(group, _DRAWN, parts={"default": "all"}, **grids)
+    add_options(group, _DRAW_OPTIONS, parts={"default": "all"}, **grids)
     add_diversify(parser)
     add_options(group, _QUICK)
     add_reading(parser)
     group = parser.add_argument_group("what is measured")
     add_features(parser)
-    add_options(group, _MEASURED, keep={"type": count, "default": 16}, control=LIST)
+    add_options(group, _MEASURE_OPTIONS, keep={"type": count, "default": 16}, control=LIST)
     group = parser.add_argument_group("the distilled model's own way")
     add_options(group, _GRID, steps=int, timesteps=numbers, sigmas=numbers)
 
@@ -101,32 +101,32 @@ def _study(args: argparse.Namespace) -> int:
     check_figures()
     shard = Shard.of_environment(os.environ)
     read_parts(args.parts)
-    listed, seeds = _drawn(args)
+    prompts, seeds = _prompts_and_seeds(args)
     check_folder(args.out, size_bytes=0)
     use_local_device(args)
-    engine = open_engine(args, listed.prompts)
+    engine = open_engine(args, prompts.prompts)
 
     from headstart.study.report import write_report
     from headstart.study.setup import reference_of, settings_of, study_of
     from headstart.study.store import open_store
     from headstart.study.study import draw, missing, report_of, share
 
-    request = _request(args, listed, seeds)
+    request = _request(args, prompts, seeds)
     study, notes = study_of(engine, request)
     for line in notes:
         note(line)
     settings = settings_of(engine, study, request)
     with open_store(args.out, settings, shard) as store:
-        if args.report and (left := missing(study, store)):
+        if args.report and (cells := missing(study, store)):
             raise InputError(
-                f"{len(left)} cells are missing, the first is {left[0].key.file}: leave "
+                f"{len(cells)} cells are missing, the first is {cells[0].key.file}: leave "
                 "--report out to draw them"
             )
         jobs = share(study, store)
         height, width = settings["size"]
-        kept = min(args.keep, len(seeds)) * height * width * 3
-        check_folder(args.out, size_bytes=len(jobs) * kept)
-        with _drawing(jobs) as show:
+        job_bytes = min(args.keep, len(seeds)) * height * width * 3
+        check_folder(args.out, size_bytes=len(jobs) * job_bytes)
+        with _progress(jobs) as show:
             draw(jobs, store, show)
         if others := len(missing(study, store)):
             _print(args, len(jobs), others, {})
@@ -143,39 +143,39 @@ def read_parts(text: str) -> tuple[str, ...] | None:
     """`plans,k` -> its parts; None for all. Raises InputError for one that there is not."""
     if text == "all":
         return None
-    parts, known = tuple(listed(text)), (*PARTS, *EXPERIMENTS)
-    if unknown := [part for part in parts if part not in known]:
-        raise InputError(f"part {unknown[0]!r:.40}: expected some of {', '.join(known)}, or: all")
+    parts, names = tuple(split_list(text)), (*PARTS, *EXPERIMENTS)
+    if unknown := [part for part in parts if part not in names]:
+        raise InputError(f"part {unknown[0]!r:.40}: expected some of {', '.join(names)}, or: all")
     return parts
 
 
-def _drawn(args: argparse.Namespace) -> tuple[PromptList, tuple[int, ...]]:
+def _prompts_and_seeds(args: argparse.Namespace) -> tuple[PromptList, tuple[int, ...]]:
     """Prompts and seeds."""
     usual = DEMO if uses_bundled(args) else "paper"
-    found = read_prompts(args.prompts or usual)
-    seeds = tuple(range(found.seeds)) if args.seeds is None else parse_seeds(args.seeds)
+    prompts = read_prompts(args.prompts or usual)
+    seeds = tuple(range(prompts.seeds)) if args.seeds is None else parse_seeds(args.seeds)
     if args.quick:
-        found = found._replace(prompts=found.prompts[:QUICK_PROMPTS])
+        prompts = prompts._replace(prompts=prompts.prompts[:QUICK_PROMPTS])
         seeds = seeds[:QUICK_SEEDS]
     if len(seeds) < 2:
         raise InputError("a study measures how varied seeds are: give two or more, such as 0-15")
-    return found, seeds
+    return prompts, seeds
 
 
-def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...]) -> Request:
+def _request(args: argparse.Namespace, prompts: PromptList, seeds: tuple[int, ...]) -> Request:
     from headstart.study.setup import Request
 
     parts = ("plans", "methods") if args.quick and args.parts == "all" else read_parts(args.parts)
     settings = {name: getattr(args, name) for name in GRID}
     varied: dict[Part, Any] = {
-        "k": _whole(args.k),
-        "n": _whole(args.n),
+        "k": _integers(args.k),
+        "n": _integers(args.n),
         "guidance": args.guidance,
         "handoff": args.handoff,
         "methods": args.diversify or None,
     }
     return Request(
-        prompts=listed.prompts,
+        prompts=prompts.prompts,
         seeds=seeds,
         settings={name: value for name, value in settings.items() if value is not None},  # pyright: ignore
         size=read_size(args.size),
@@ -193,8 +193,8 @@ def _usual_reference(args: argparse.Namespace) -> str | None:
     """The bundled one where the bundled scorer is the judge: of pictures of its own size."""
     from headstart.metrics.scorer import IMAGE_SIZE
 
-    own = read_size(args.size) in (None, IMAGE_SIZE, (IMAGE_SIZE, IMAGE_SIZE))
-    return "bundled" if own and uses_bundled(args) and not args.features else None
+    is_usual_size = read_size(args.size) in (None, (IMAGE_SIZE, IMAGE_SIZE))
+    return "bundled" if is_usual_size and uses_bundled(args) and not args.features else None
 
 
 def _loading(args: argparse.Namespace) -> dict[str, Any]:
@@ -206,8 +206,8 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
     if args.tokenizer is not None:
         path = Path(args.tokenizer)
         files = tuple(sorted(path.glob("*.*"))) if path.is_dir() else (path,)
-        weighed = record.weigh({"tokenizer": (path.name, files)})
-        loading["tokenizer"] = weighed["tokenizer"]["sha256"]
+        digests = record.weigh({"tokenizer": (path.name, files)})
+        loading["tokenizer"] = digests["tokenizer"]["sha256"]
     return loading
 
 
@@ -218,26 +218,26 @@ def _controls(args: argparse.Namespace) -> list[Attachable]:
 
     if not args.control:
         return bundled_controls() if uses_bundled(args) and not args.lora else []
-    found: list[Attachable] = []
+    controls: list[Attachable] = []
     for text in args.control:
-        named, equals, words = text.partition("=")
+        adapter, equals, words = text.partition("=")
         if not (equals and words.strip()):
             raise InputError(
                 f"control {text!r:.80}: expected FILE[:STRENGTH]=WORDS, such as "
                 "'yellow:2=yellow background' or 'lego.safetensors={} made of lego'"
             )
-        name, strength = parse_adapter(named)
+        name, strength = parse_adapter(adapter)
         value = strength.constant
         if value is None or value == 0.0:
             raise InputError(f"control {text!r:.80}: its strength is one number, and not 0")
         path = Path(adapter_path(name))
-        found.append(Attachable(path=path, control=Control(path.stem, words.strip(), (value,))))
-    if len({own.control.adapter for own in found}) < len(found):
+        controls.append(Attachable(path=path, control=Control(path.stem, words.strip(), (value,))))
+    if len({item.control.adapter for item in controls}) < len(controls):
         raise InputError("--control: two adapters of one name: give each file once")
-    return found
+    return controls
 
 
-def _whole(values: list[float] | None) -> list[int] | None:
+def _integers(values: list[float] | None) -> list[int] | None:
     if values is None:
         return None
     if not all(value.is_integer() for value in values):
@@ -251,16 +251,16 @@ def _pictures(
     """Of each plan and method, the kept pictures of the first prompt."""
     from headstart.study.store import picture_file
 
-    shown = seeds[: min(args.keep, SHOWN)]
+    first_seeds = seeds[: min(args.keep, MOST_SHOWN)]
     return {
-        name: [args.out / picture_file(name, 0, seed) for seed in shown]
+        name: [args.out / picture_file(name, 0, seed) for seed in first_seeds]
         for name, row in report["rows"].items()
         if row["part"] in ("plans", "methods")
     }
 
 
 @contextmanager
-def _drawing(jobs: Sequence[Job]) -> Generator[Callable[[Job, Progress], None]]:
+def _progress(jobs: Sequence[Job]) -> Generator[Callable[[Job, Progress], None]]:
     """What is left: a bar of network passes on a terminal, else a line a minute."""
     passes, last = sum(job.passes for job in jobs), time.monotonic()
     if jobs:

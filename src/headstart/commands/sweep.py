@@ -19,7 +19,7 @@ from headstart.commands.plan_options import (
     plan_settings,
     read_diversify,
 )
-from headstart.commands.planned import compiled
+from headstart.commands.planned import compile_plans
 from headstart.commands.session import open_engine, use_local_device
 from headstart.commands.values import output, read_size, read_texts
 from headstart.commands.width import answer
@@ -62,8 +62,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return _sweep(args)
     except KeyboardInterrupt as stop:
-        done = len(read_entries(args.out))
-        stop.add_note(f"images done: {done}, in {args.out}; the same command goes on from there")
+        count = len(read_entries(args.out))
+        stop.add_note(f"images done: {count}, in {args.out}; the same command goes on from there")
         raise
 
 
@@ -80,7 +80,7 @@ def _sweep(args: argparse.Namespace) -> int:
         raise InputError("--size and --size-column both say the size: give one")
     if len(args.negative) > 1:
         raise InputError("--negative: one serves all cases of a sweep, so give it once")
-    compiled(args, {args.plan: plan_settings(args)})
+    compile_plans(args, {args.plan: plan_settings(args)})
     check_folder(args.out, size_bytes=0)
     use_local_device(args)
     sizes = [case.size for case in cases if case.size is not None]
@@ -97,12 +97,12 @@ def _sweep(args: argparse.Namespace) -> int:
 
     with open_ledger(args.out, settings, shard) as ledger:
         with progress(None, "verifying what is there"):
-            own = share(cases, ledger, args.batch, least)
+            part = share(cases, ledger, args.batch, least)
         height, width = size or (engine.weights.image_size,) * 2
-        check_folder(args.out, size_bytes=len(own.pending) * height * width * 3)
-        with progress(len(own.pending) if shard.rank == 0 else 0, "sampling", " image") as bar:
-            done = sweep(cases, draw, ledger, batch=args.batch, work=own, on_cases=bar.update)
-        _report(args, done, len(cases), shard)
+        check_folder(args.out, size_bytes=len(part.pending) * height * width * 3)
+        with progress(len(part.pending) if shard.rank == 0 else 0, "sampling", " image") as bar:
+            swept = sweep(cases, draw, ledger, batch=args.batch, work=part, on_cases=bar.update)
+        _report(args, swept, len(cases), shard)
     return 0
 
 
@@ -134,7 +134,8 @@ def _settings(work: _Work) -> dict[str, Any]:
         "passes": passes_of(methods, table),
         "cases": {"count": len(work.cases), "sha256": digest(work.cases)},
         "table": json.loads(table.to_json()),
-        "negative": _written(work.negative),
+        # As older folders have it, where "" is none; so an empty text is written in a list.
+        "negative": "" if work.negative is None else work.negative or [""],
         "lineage": weights.lineage,
         "size": list(work.size or (weights.image_size,) * 2),
         "batch": work.args.batch,
@@ -149,11 +150,6 @@ def _settings(work: _Work) -> dict[str, Any]:
     }
 
 
-def _written(negative: object) -> object:
-    """As folders of before have it: "" is none, so an empty text is written in a list."""
-    return "" if negative is None else negative or [""]
-
-
 def _adapters(engine: Engine) -> dict[str, Any]:
     """Name -> strength, and the digest of its file."""
     from headstart.engine import record
@@ -161,8 +157,8 @@ def _adapters(engine: Engine) -> dict[str, Any]:
     now = engine.adapters.now()
     files = record.weigh(now.files())
     return {
-        held.name: {"strength": held.strength.to_json(), **files[f"adapter:{held.name}"]}
-        for held in now
+        adapter.name: {"strength": adapter.strength.to_json(), **files[f"adapter:{adapter.name}"]}
+        for adapter in now
     }
 
 
@@ -180,11 +176,11 @@ def _check_requests(work: _Work) -> None:
             batch=args.batch,
             diversify=methods,
         )
-    # Those that change with the level, or name an adapter.
+    # Prompts that change with the level, or name an adapter.
     for prompt in dict.fromkeys(case.prompt for case in cases):
         if any(sign in prompt for sign in ("->", "→", "<")):
             engine.iterate(prompt, plan=table)
-    # Those whose lengths must meet: of one piece are most batches, and all of them fit.
+    # Texts of a batch must have lengths that fit together; those of one piece always do.
     room, least = engine.text.length - 2, max((method.least for method in methods), default=1)
     for part in batches(cases, args.batch, least):
         prompts = list(dict.fromkeys(case.prompt for case in part))
@@ -197,7 +193,7 @@ def _drawing(work: _Work) -> Draw:
     def draw(cases: Sequence[Case]) -> Sequence[bytes]:
         # Two cases may ask for one image; an engine draws it once.
         pairs = dict.fromkeys((case.prompt, case.seed) for case in cases)
-        done = work.engine.sample(
+        trajectory = work.engine.sample(
             [prompt for prompt, _ in pairs],
             plan=work.table,
             seeds=[seed for _, seed in pairs],
@@ -206,7 +202,7 @@ def _drawing(work: _Work) -> Draw:
             batch=len(cases),
             diversify=work.methods,
         )
-        pngs = done.pngs(metadata=not work.args.no_metadata)
+        pngs = trajectory.pngs(metadata=not work.args.no_metadata)
         images = dict(zip(pairs, pngs, strict=True))
         return [images[case.prompt, case.seed] for case in cases]
 
@@ -214,14 +210,14 @@ def _drawing(work: _Work) -> Draw:
 
 
 def _report(
-    args: argparse.Namespace, done: SweepResult, cases: int, shard: tuple[int, int]
+    args: argparse.Namespace, result: SweepResult, cases: int, shard: tuple[int, int]
 ) -> None:
     rank, world = shard
-    facts = {"out": str(args.out), "cases": cases, "rank": rank, "world": world, **done._asdict()}
+    facts = {"out": str(args.out), "cases": cases, "rank": rank, "world": world, **result._asdict()}
     who = f"rank {rank} of {world}: " if world > 1 else ""
-    rest = "all cases are done" if done.complete else "other ranks have cases left"
-    written = f"{counted(done.written, 'image')} written, {done.skipped} there already"
-    answer(args, facts, f"{who}{written}, {rest} · {args.out}")
+    state = "all cases are done" if result.complete else "other ranks have cases left"
+    images = f"{counted(result.written, 'image')} written, {result.skipped} there already"
+    answer(args, facts, f"{who}{images}, {state} · {args.out}")
 
 
 SWEEP = Command(

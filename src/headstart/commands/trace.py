@@ -19,7 +19,7 @@ from headstart.commands.console import note, progress
 from headstart.commands.intervention import Intervention, add_intervention, read_intervention
 from headstart.commands.parser import LIST, Command, add_options
 from headstart.commands.plan_options import PLAN_OPTION, add_plans
-from headstart.commands.planned import compiled
+from headstart.commands.planned import compile_plans
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, one_prompt, read_size, read_texts
 from headstart.commands.width import answer
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_output(args.out, args.overwrite)
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")
-    controls = _watched(args.watch, prompt)
+    controls = _controls(args.watch, prompt)
     texts = (prompt, *sorted({control for control in controls.values() if control is not None}))
     later = [] if change is None or change.prompt is None else [change.prompt]
     engine = open_engine(args, [prompt, *later, *texts[1:]])
@@ -93,12 +93,12 @@ def _run(args: argparse.Namespace) -> int:
         for run in options.values():
             engine.iterate(text, **run)  # checks it, and runs nothing
     note(_memory(engine, tables, len(seeds) * len(texts), size, change))
-    sampled = {text: _sampled(engine, text, options, change) for text in texts}
+    sampled = {text: _sample(engine, text, options, change) for text in texts}
 
     from headstart.traces.traces import trace
 
     with progress(None, "decoding"):
-        found = trace(
+        result = trace(
             sampled[prompt],
             decoder,
             phrases=tuple(controls),
@@ -106,48 +106,46 @@ def _run(args: argparse.Namespace) -> int:
             scorer=scorer,
             every=args.every or 1,
         )
-    write_file(args.out, _encoded(found, args.out.suffix.lower(), args.every is not None))
-    for problem in found.problems:
+    write_file(args.out, _encode(result, args.out.suffix.lower(), args.every is not None))
+    for problem in result.problems:
         note(f"warning: {problem}")
     title = f"{prompt!r}, {counted(len(seeds), 'seed')}"
-    text = f"{title}\n\n{found}\n\n{found.footer()}\n{args.out}"
-    answer(args, {"out": str(args.out), **found.to_json()}, text)
+    text = f"{title}\n\n{result}\n\n{result.footer()}\n{args.out}"
+    answer(args, {"out": str(args.out), **result.to_json()}, text)
     return 0
 
 
 def _settings(name: str, names: tuple[str, ...], args: argparse.Namespace) -> PlanSettings:
-    """Those that a plan has: the grid is the distilled one, since plan base has its own 30 steps,
-    and guidance belongs to the models that run."""
+    """Those that act in a plan: the grid is the distilled one, since plan base has its own 30
+    steps, and guidance belongs to the models that run."""
     if name == "base":
-        own: PlanSettings = {"preset": args.preset, "base_guidance": args.base_guidance}
-        return {**own, "steps": args.steps} if names == ("base",) else own
+        base: PlanSettings = {"preset": args.preset, "base_guidance": args.base_guidance}
+        return {**base, "steps": args.steps} if names == ("base",) else base
     if name.endswith(TOML):
         return {"preset": args.preset}
-    found: PlanSettings = {
+    settings: PlanSettings = {
         "preset": args.preset,
         "steps": args.steps,
         "distilled_guidance": args.distilled_guidance,
     }
     if name != "distilled" and not (name == "skip-first" and args.handoff is not None):
-        found["k"] = args.base_steps
+        settings["k"] = args.base_steps
     if name not in ("distilled", "replace-final"):
-        found["handoff"] = args.handoff
+        settings["handoff"] = args.handoff
     if name not in ("distilled", "skip-first"):
-        found["n"], found["base_guidance"] = args.base_grid, args.base_guidance
-    return found
+        settings["n"], settings["base_guidance"] = args.base_grid, args.base_guidance
+    return settings
 
 
 def _negatives(
-    negative: str | list[str] | None,
-    tables: Mapping[str, StepTable],
-    change: Intervention | None,
+    negative: str | list[str] | None, tables: Mapping[str, StepTable], change: Intervention | None
 ) -> dict[str, str | list[str] | None]:
     """The negative prompt of each plan: none where no row has guidance, which is said."""
-    found = {
+    negatives = {
         name: negative if any(step.guidance != 1.0 for step in table) else None
         for name, table in tables.items()
     }
-    unguided = [name for name, text in found.items() if negative is not None and text is None]
+    unguided = [name for name, text in negatives.items() if negative is not None and text is None]
     if unguided and len(unguided) == len(tables) and not (change is not None and change.guided):
         raise InputError(
             f"the negative prompt would do nothing: plan {', '.join(tables)} runs without "
@@ -155,7 +153,7 @@ def _negatives(
         )
     if unguided:
         note(f"no guidance in plan {', '.join(unguided)}: the negative prompt does nothing there")
-    return found
+    return negatives
 
 
 def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -164,11 +162,11 @@ def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
         check_name(name)
         if names.count(name) > 1:
             raise PlanError(f"plan {name!r} is given twice: leave one out")
-    compiled(args, {name: _settings(name, names, args) for name in names})
-    taken = {key for name in names for key in _settings(name, names, args)}
+    compile_plans(args, {name: _settings(name, names, args) for name in names})
+    keys = {key for name in names for key in _settings(name, names, args)}
     for key in PLAN_OPTIONS:
         option = PLAN_OPTION.get(key, key)
-        if getattr(args, option) is not None and key not in taken:
+        if getattr(args, option) is not None and key not in keys:
             raise PlanError(
                 f"--{option.replace('_', '-')} does nothing in plan {', '.join(names)}: leave it "
                 "out, or name a plan that takes it"
@@ -182,7 +180,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
     check_file(out, size_bytes=4_000_000, overwrite=overwrite)
 
 
-def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
+def _controls(options: list[str], prompt: str) -> dict[str, str | None]:
     """Phrase -> the prompt without it, or None where the prompt does not have it."""
     from headstart.conditioning.stages import stages
     from headstart.traces.timeline import check_phrases, without
@@ -191,8 +189,8 @@ def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
     parts = [option.partition("=") for option in options]
     check_phrases([phrase for phrase, _, _ in parts])
     controls: dict[str, str | None] = {}
-    for phrase, mark, typed in parts:
-        controls[phrase] = control = typed.strip() if mark else without(prompt, phrase)
+    for phrase, mark, text in parts:
+        controls[phrase] = control = text.strip() if mark else without(prompt, phrase)
         if control is None:
             note(f"{phrase!r} is not in the prompt: not asked for, so it is never called there")
         elif control and not mark and len(levels) > 1 and not _has_levels(control, levels):
@@ -220,19 +218,19 @@ def _has_levels(control: str, levels: Sequence[object]) -> bool:
 def _tools(
     args: argparse.Namespace, engine: Engine, watched: bool
 ) -> tuple[Decoder, ConceptScorer | None]:
-    from headstart.traces.decoders import decoder
+    from headstart.traces import decoders
 
     name = args.decoder or ("tiny" if engine.weights.preview is not None else "linear")
-    found = decoder(engine, name)
-    if not watched:
-        return found, None
-    if args.scorer is not None:
+    decoder, scorer = decoders.decoder(engine, name), None
+    if watched and args.scorer is not None:
         from headstart.traces.clip import clip_scorer
 
-        return found, clip_scorer(args.scorer)
-    from headstart.traces.traces import demo_scorer
+        scorer = clip_scorer(args.scorer)
+    elif watched:
+        from headstart.traces.traces import demo_scorer
 
-    return found, demo_scorer(engine.weights.lineage)
+        scorer = demo_scorer(engine.weights.lineage)
+    return decoder, scorer
 
 
 def _memory(
@@ -242,7 +240,7 @@ def _memory(
     size: tuple[int, int] | None,
     change: Intervention | None,
 ) -> str:
-    """What keeping x0 will take; a way on from a step has the rows before that step too."""
+    """What keeping x0 will take; a branch from a step has the rows before that step too."""
     weights, rows = engine.weights, sum(map(len, tables.values()))
     height, width = size or (weights.image_size,) * 2
     cells = (height // weights.downscale) * (width // weights.downscale)
@@ -255,7 +253,7 @@ def _memory(
     return f"keeping x0 of {what}: {mb:.{1 if mb >= 0.1 else 3}f} MB"
 
 
-def _sampled(
+def _sample(
     engine: Engine,
     prompt: str,
     options: Mapping[str, Mapping[str, Any]],
@@ -265,29 +263,28 @@ def _sampled(
     runs: dict[str, Traced] = {}
     with progress(sum(len(settings["plan"]) for settings in options.values()), "sampling") as bar:
         for name, settings in options.items():
-            kept: dict[int, State] = {}
+            states: dict[int, State] = {}
 
-            def see(state: State, kept: dict[int, State] = kept) -> None:
+            def on_step(state: State, states: dict[int, State] = states) -> None:
                 bar.update()
                 if state.step in before:
-                    kept[state.step] = state
+                    states[state.step] = state
 
-            run = engine.sample(prompt, **settings, keep_x0=True, on_step=see)
-            runs[name] = run
+            run = runs[name] = engine.sample(prompt, **settings, keep_x0=True, on_step=on_step)
             if change is not None:
-                runs.update(change.branches(name, engine, run, kept))
+                runs.update(change.branches(name, engine, run, states))
     return runs
 
 
-def _encoded(found: Trace, suffix: str, whole: bool) -> bytes:
+def _encode(result: Trace, suffix: str, all_columns: bool) -> bytes:
     from headstart.pictures.png import encode_png
 
     if suffix == ".html":
-        return found.page().encode()
+        return result.page().encode()
     if suffix == ".png":
-        longest = max(len(strip.rows) for strip in found.strips)
-        return encode_png(found.sheet(columns=min(longest, MOST_COLUMNS) if whole else 8))
-    return found.animation().encode("webp" if suffix == ".webp" else "gif")
+        longest = max(len(strip.rows) for strip in result.strips)
+        return encode_png(result.sheet(columns=min(longest, MOST_COLUMNS) if all_columns else 8))
+    return result.animation().encode("webp" if suffix == ".webp" else "gif")
 
 
 TRACE = Command(

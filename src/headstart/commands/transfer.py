@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from headstart.adapters.names import Network
     from headstart.adapters.transfer import Transfer
 
-LISTED = 5
+MOST_LAYERS = 5
 """How many of the worst captured layers are printed; --json has all of them."""
 
 
@@ -67,7 +67,7 @@ def _transfer(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
     from headstart.adapters.transfer import transfer
 
     with progress(None, "transferring") as bar:
-        done = transfer(
+        result = transfer(
             args.base,
             args.tuned,
             args.distilled,
@@ -77,14 +77,14 @@ def _transfer(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
             overwrite=args.overwrite,
             on_bytes=lambda count: bar.set_description(f"transferring, {count / 1e6:.0f} MB"),
         )
-    answer(args, done.to_json(), _told(done))
+    answer(args, result.to_json(), _transfer_text(result))
 
 
 def _extract(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
     from headstart.adapters.extract import extract
 
     with progress(None, "extracting") as bar:
-        done = extract(
+        result = extract(
             args.base,
             args.tuned,
             args.out,
@@ -96,32 +96,34 @@ def _extract(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
             overwrite=args.overwrite,
             on_layer=lambda module: bar.set_description(f"extracting {module}"),
         )
-    answer(args, done.to_json(), _captured(done))
+    answer(args, result.to_json(), _extraction_text(result))
 
 
-def _told(done: Transfer) -> str:
-    lines = [f"{done.target}: {done.size_bytes / 1e6:.1f} MB"]
-    for part, count in done.changed.items():
-        share = f"{100 * done.relative[part]:.2f} % of its norm"
+def _transfer_text(result: Transfer) -> str:
+    lines = [f"{result.target}: {result.size_bytes / 1e6:.1f} MB"]
+    for part, count in result.changed.items():
+        share = f"{100 * result.relative[part]:.2f} % of its norm"
         lines.append(f"  {part:<8} {count} tensors changed by {share}")
-    if done.kept:
-        lines.append(f"  kept, because only the distilled model has them: {', '.join(done.kept)}")
-    if done.copied:
-        lines.append(f"  copied   {done.copied} tensors of other parts")
+    if result.kept:
+        names = ", ".join(result.kept)
+        lines.append(f"  kept, because only the distilled model has them: {names}")
+    if result.copied:
+        lines.append(f"  copied   {result.copied} tensors of other parts")
     return "\n".join(lines)
 
 
-def _captured(done: Extraction) -> str:
+def _extraction_text(result: Extraction) -> str:
+    energy = f"{100 * result.energy:.2f} % of the layers' difference"
     lines = [
-        f"{done.target}: rank {done.rank}, {done.naming} names, {len(done.layers)} layers, "
-        f"{done.size_bytes / 1e6:.1f} MB",
-        f"captured energy {100 * done.energy:.2f} % of the layers' difference; the least captured:",
+        f"{result.target}: rank {result.rank}, {result.naming} names, {len(result.layers)} layers, "
+        f"{result.size_bytes / 1e6:.1f} MB",
+        f"captured energy {energy}; the least captured:",
     ]
-    for layer in sorted(done.layers, key=lambda layer: layer.energy)[:LISTED]:
+    for layer in sorted(result.layers, key=lambda layer: layer.energy)[:MOST_LAYERS]:
         lines.append(f"  {100 * layer.energy:6.2f} %  {layer.network} {layer.module}")
-    if done.left_out:
-        share = f"{100 * done.left_share:.2g} % of the whole difference"
-        lines.append(f"left out: {len(done.left_out)} biases, norms and embeddings, {share}")
+    if result.left_out:
+        share = f"{100 * result.left_share:.2g} % of the whole difference"
+        lines.append(f"left out: {len(result.left_out)} biases, norms and embeddings, {share}")
     return "\n".join(lines)
 
 

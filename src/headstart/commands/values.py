@@ -1,4 +1,4 @@
-"""What was typed, as values: pixels, devices, numbers, texts; what cannot be one is an error."""
+"""The texts of options as values: pixels, devices, numbers, prompts. Other texts are errors."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from headstart.errors import InputError
 
-OWN_WEIGHTS = (
+WEIGHT_OPTIONS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
     *("prediction", "embedded_guidance", "ema", "head_dim", "text_head_dim", "exclamation"),
 )
-"""Options that say nothing about the bundled pair."""
+"""Options of the user's weights, which the bundled pair does not have."""
 
 
 def uses_bundled(args: argparse.Namespace) -> bool:
-    """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
-    own = [name for name in OWN_WEIGHTS if getattr(args, name, None) is not None]
-    if own and not {"base", "distilled"} & set(own):
-        option = own[0].replace("_", "-")
+    """Whether no option names weights. Raises InputError for a lone --vae or --text."""
+    options = [name for name in WEIGHT_OPTIONS if getattr(args, name, None) is not None]
+    if options and not {"base", "distilled"} & set(options):
+        option = options[0].replace("_", "-")
         raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")
-    return not own
+    return not options
 
 
 def read_predictions(text: str | None) -> str | dict[str, str] | None:
@@ -46,7 +46,7 @@ def _by_model(text: str, what: str, expected: str) -> str | dict[str, str]:
     return {role: value for role, _, value in pairs}
 
 
-def worded(prompt: str) -> str:
+def read_prompt(prompt: str) -> str:
     """The API takes an empty prompt for sampling without text; typed here, it is a mistake."""
     if not prompt.strip():
         raise InputError('the prompt is empty: say what to draw, such as "a fox"')
@@ -59,7 +59,7 @@ def one_prompt(args: argparse.Namespace) -> tuple[str, tuple[int, ...]]:
     """The prompt and the seeds of `arguments.add_prompt`. Raises InputError."""
     from headstart.plan.request import pair_up, parse_seeds  # loads numpy
 
-    prompt = worded(args.prompt)
+    prompt = read_prompt(args.prompt)
     return prompt, pair_up(prompt, parse_seeds(args.seeds))[1]
 
 
@@ -79,7 +79,7 @@ def read_texts(texts: Sequence[str]) -> str | list[str] | None:
 
 
 def text_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_texts` asks of a run, None where it was not given."""
+    """The options of `arguments.add_texts` for a run, None for those that were not typed."""
     return {
         "negative": read_texts(args.negative),
         "second": read_texts(args.second_prompt),
@@ -107,7 +107,7 @@ def offset(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def listed(text: str) -> list[str]:
+def split_list(text: str) -> list[str]:
     """`a,b` -> its parts, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
 
@@ -121,11 +121,11 @@ def count(text: str) -> int:
 
 def batch(text: str) -> int | tuple[int, ...]:
     """`8`, or `8,2,16`, as the `type` of an option."""
-    found = tuple(map(count, text.split(",")))
-    if len(found) > 3:
+    sizes = tuple(map(count, text.split(",")))
+    if len(sizes) > 3:
         expected = "samples in a network, in the decoder, and bands of a decode, such as 8,2,16"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
-    return found[0] if len(found) == 1 else found
+    return sizes[0] if len(sizes) == 1 else sizes
 
 
 def numbers(text: str) -> list[float]:

@@ -29,7 +29,7 @@ def show(text: str) -> None:
 
 
 def answer(args: argparse.Namespace, facts: object, text: str) -> None:
-    """What a command found: as JSON where --json is given, else as text."""
+    """Print the result of a command, as JSON where --json is given, else as text."""
     if args.json:
         print(json.dumps(facts))
     else:
@@ -38,7 +38,7 @@ def answer(args: argparse.Namespace, facts: object, text: str) -> None:
 
 def fitted(text: str, width: int) -> str:
     """The text in lines of `width`, as far as its words and cells have room there."""
-    return "\n\n".join("\n".join(_block(own.split("\n"), width)) for own in text.split("\n\n"))
+    return "\n\n".join("\n".join(_block(block.split("\n"), width)) for block in text.split("\n\n"))
 
 
 def _block(lines: Sequence[str], width: int) -> Iterator[str]:
@@ -66,15 +66,15 @@ def _spans(rows: Sequence[str]) -> list[tuple[int, int]]:
     """Each column from the end of the one before it: what lies between two is blank in all rows."""
     longest = max(map(len, rows))
     signs = zip(*(row.ljust(longest) for row in rows), strict=True)
-    filled = "".join(" " if set(own) == {" "} else "x" for own in signs)
-    ends = [found.end() for found in re.finditer(r"x(?= {2}|$)", filled)]
+    filled = "".join(" " if set(column) == {" "} else "x" for column in signs)
+    ends = [match.end() for match in re.finditer(r"x(?= {2}|$)", filled)]
     return list(pairwise([0, *ends]))
 
 
 def _parts(
     label: tuple[int, int], columns: Sequence[tuple[int, int]], width: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Columns that fit beside the first one, which stands in every part."""
+    """Columns that fit beside the first one, which is in every part."""
     part = [label]
     for first, end in columns:
         if len(part) > 1 and sum(b - a for a, b in part) + end - first > width:
@@ -85,7 +85,7 @@ def _parts(
 
 
 def _wrapped(line: str, width: int, label: int = 0) -> str:
-    """label   its length, where lines after the first one begin behind it"""
+    """label   its length, where lines after the first one begin after it"""
     if len(line) <= width or not line[width:].strip("-"):  # a rule
         return line[:width]
     start = len(line) - len(line[label:].lstrip())
