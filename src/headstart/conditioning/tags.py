@@ -1,4 +1,4 @@
-"""`<lora:NAME:STRENGTH>` in a prompt: an attached adapter at a strength of this image's own.
+"""`<lora:NAME:STRENGTH>` in a prompt: an attached adapter at another strength for this image.
 
 strength[row, image] = the tag's where the text of that row names the adapter, else the run's
 """

@@ -19,8 +19,8 @@ def draw_contact_sheet(
 ) -> Image.Image:
     """rgb uint8 [B, H, W, 3], with a prompt and a seed each.
 
-    Columns have seeds above them where all prompts have the same ones; otherwise each row says its
-    own. More than 8 columns wrap inside their row.
+    Columns have seeds above them where all prompts have the same ones; otherwise each row notes
+    its seeds. More than 8 columns wrap inside their row.
     """
     rows = Images(tuple(prompts), tuple(seeds)).by_prompt
     by_row = [tuple(seeds[image] for image in numbers) for numbers in rows.values()]
@@ -32,9 +32,9 @@ def draw_contact_sheet(
             Row(
                 name=prompt,
                 images=_cells(images[numbers], across),
-                notes=(f"seed{'s' * (len(own) > 1)} {_ranges(own)}",) if has_notes else (),
+                notes=(f"seed{'s' * (len(row) > 1)} {_ranges(row)}",) if has_notes else (),
             )
-            for (prompt, numbers), own in zip(rows.items(), by_row, strict=True)
+            for (prompt, numbers), row in zip(rows.items(), by_row, strict=True)
         ],
         title=prompts[0] if len(rows) == 1 else f"{len(rows)} prompts",
         subtitle=f"plan {plan} · {counted(len(images), 'image')} of {images.shape[2]} x "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -48,15 +48,12 @@ class DenoisingLoop:
         self.weights, self.request, self.images = weights, request, request.images
         self.runner: RunnerName = runner
         self.clock, self.picture = clock, picture
-        self._cond: tuple[Cond, Cond | None] | None = None
 
-    @property
+    @cached_property
     def conds(self) -> tuple[Cond, Cond | None]:
         """(cond, uncond) of all images, encoded once."""
-        if self._cond is None:
-            with self.clock("text"):
-                self._cond = encode(self.weights, self.request)
-        return self._cond
+        with self.clock("text"):
+            return encode(self.weights, self.request)
 
     def states(self, resume: State | None = None) -> Iterator[State]:
         request, residency = self.request, self.weights.residency

@@ -2,10 +2,10 @@
 
 (absolute path, size, times of change, inode) -> sha256, in CACHE/digests.json
 
-A file is taken for unchanged while its size, its inode and both its times are what they were: of
-its content (mtime), and of its entry (ctime), which the usual ways to restore the first set anew.
-The limit: what is written without the file system's clock, such as to the disk beneath it, or with
-the clock set back. HEADSTART_CACHE=off reads every file anew.
+A file counts as unchanged while its size, its inode and both its times are the same: of its content
+(mtime), and of its entry (ctime), which changes when a program resets the first. What this misses:
+writes without the file system's clock, such as to the disk below it, or with the clock set back.
+HEADSTART_CACHE=off reads every file anew.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ With runner="trajectory" one graph holds rows, decoder and uint8
 looks at rows or acts between them goes row by row, with a graph a network, and gives the same bits.
 The log says so, at level INFO, and why.
 
-With more images than fit at once and a guided row, a launch has both halves of its own images,
-while a run by rows cuts the halves of all images: the network's batches differ, and on a CPU
-float32 may round differently in the last bits.
+With more images than fit at once and a guided row, a launch has both halves of its images, while a
+run by rows divides the halves of all images: the network's batches differ, and on a CPU float32 may
+round differently in the last bits.
 """
 
 from __future__ import annotations

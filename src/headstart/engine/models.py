@@ -114,7 +114,7 @@ def schedules(models: Mapping[str, Model], kinds: Mapping[str, Prediction]) -> d
     """Role -> the noise schedule that it was trained on; `kinds`: what each network predicts.
 
     A distilled file that states none has its base's where it may have been made from this base: it
-    predicts the same, and is no published student, which all were trained on the family's own.
+    predicts the same, and is no published student. These were all trained on the family's.
     """
     processes: dict[str, Process] = {role: model.family.schedule for role, model in models.items()}
     if len(models) == 2 and not models["distilled"].states("schedule"):
@@ -203,7 +203,7 @@ def one_file(base: FilePath | None, distilled: FilePath | None) -> str | None:
 def check_belong(models: Mapping[str, Model]) -> None:
     """Raise CheckpointError unless one model's latent can go on in the other.
 
-    That takes one lineage. Noise schedules may differ: every model is called at levels of its own.
+    That takes one lineage. Noise schedules may differ: every model is called at its own levels.
     """
     if len(models) < 2:
         return
@@ -219,7 +219,7 @@ def check_belong(models: Mapping[str, Model]) -> None:
 def check_vae(path: FilePath, model: Model) -> None:
     """Raise CheckpointError for a VAE in a file of another family than the model's.
 
-    A file with neither UNet nor text encoders does not say whose it is, and is taken as it comes.
+    A file with neither UNet nor text encoders does not declare a family, and is not checked.
     """
     other = family_of(Path(path), Checkpoint.open(path, "vae"))
     if other is None or latent_space(other.lineage) == latent_space(model.family.lineage):

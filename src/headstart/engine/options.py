@@ -1,4 +1,4 @@
-"""The keyword options of an engine: how files are loaded, and what a run is asked for."""
+"""The keyword options of an engine: of its files, and of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LoadOptions(TypedDict, total=False):
     vae, text, preview  files of their own; preview: a small decoder
     tokenizer   for files that hold none, as LDM single files do. By default CLIP's own
     preset      names the pair for plans given by name. By default what the distilled file
-                says, or what its name suggests; `weights.notes` tells
+                says, or what its name suggests; see `weights.notes`
     prediction  "eps", "v" or "x0", for both or as {"base": ..., "distilled": ...}. By default
                 what the file says, what its name suggests, what its family predicts
     embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it

@@ -5,7 +5,7 @@
     Steps: 4, Sampler: Euler, CFG scale: 1, Seed: 7, Size: WIDTHxHEIGHT, Model hash: ..., ...
 
 The last line is read as pairs, at least three of them: `Name: value`, where a value with a comma, a
-colon or a line break stands in quotes, as JSON (its modules/infotext_utils.py).
+colon or a line break is in quotes, as JSON (its modules/infotext_utils.py).
 """
 
 from __future__ import annotations

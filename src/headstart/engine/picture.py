@@ -1,4 +1,4 @@
-"""One picture of a run as a record of its own, and the run that draws this picture again.
+"""One picture of a run with its own record, and the run that draws this picture again.
 
 How an image is rounded depends on the shapes of the calls that it was in, not on what else was in
 them. So a run of as many images and texts, of the same lengths, gives it its bits; the others may
@@ -26,13 +26,13 @@ KEYWORD = "headstart"
 BUNDLED = "headstart_weights/"
 _TEXTS = ("second", "negative_second")
 _FILLER, _MOST_FILLER = " a", 4096
-"""Its tokens lengthen a text that nobody sees."""
+"""Its tokens lengthen texts of which only the length matters."""
 
 
 def picture_texts(run: Recorded, image: int, tokens: int = 0) -> dict[str, str]:
     """What the PNG of an image says, by keyword: its parameters, and its record as JSON.
 
-    Files are named without their folders, which are nobody else's business.
+    Files are named without their folders, which are private.
     """
     picture = picture_record(run, image, tokens)
     record = json.dumps(describe(picture), ensure_ascii=False, separators=(",", ":"))
@@ -42,10 +42,10 @@ def picture_texts(run: Recorded, image: int, tokens: int = 0) -> dict[str, str]:
 def picture_record(run: Recorded, image: int, tokens: int = 0) -> Recorded:
     """The record of one image of a run.
 
-    tokens   of each text that was encoded, as `headstart.engine.prompts.check_texts` says
+    tokens   of each text that was encoded, as `headstart.engine.prompts.check_lengths` returns
 
     Of the other images it holds what this one depends on: those of its prompt, where a method acts
-    across them, and all of a run of the caller's own tensors, of which nobody knows.
+    across them, and all of a run with tensors of the caller, which may belong to any image.
     """
     weights = {role: {**file, "file": _name(file["file"])} for role, file in run.weights.items()}
     results = {name: [digests[image]] for name, digests in run.results.items()}

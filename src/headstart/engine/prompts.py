@@ -37,7 +37,7 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Cond, Cond | None]
     A ByLevel where a text, or a strength at which it is read, changes with the row. All texts of a
     call have one length, and rows with the same conditioning share its tensors.
     """
-    check_threads()  # before rows of cached tensors are taken
+    check_threads()  # before rows of cached tensors are copied
     cache = text_cache_of(text)
     text = request.adapters.text_encoder or text  # with the tokens that adapters brought
     base = request.adapters.text_strengths(len(request.images), request.acts)

@@ -67,7 +67,7 @@ WeightFiles = Mapping[str, Files]
 
 
 MOST_IMAGES = 4096
-"""Of the largest run that one of its pictures repeats: a picture may come from anybody."""
+"""Of the largest run that one of its pictures repeats: a picture may come from a stranger."""
 
 
 class Position(NamedTuple):
@@ -184,7 +184,7 @@ def digests(batch: Tensor) -> list[str]:
 
 
 _OPTIONAL = ("diversify", "chosen", "reading", "given", "decode", "position")
-"""Fields that a record has only where they say something."""
+"""Fields that a record has only where they are not empty."""
 
 
 def describe(run: Recorded) -> Json:
@@ -280,8 +280,9 @@ def first_difference(recorded: Recorded, now: Recorded) -> str | None:
             return f"first difference: {name}, which was given, is not the recorded one"
     position = recorded.position
     for kind in ("latents", "rgb") if position is None else ("rgb",):
-        for image, pair in enumerate(_pairs(recorded.results.get(kind), now.results[kind])):
-            if pair[0] != pair[1]:
+        before, after = recorded.results.get(kind, []), now.results[kind]
+        for image, sha256 in enumerate(after):
+            if len(before) != len(after) or before[image] != sha256:
                 number = image if position is None else min(position.image, len(now.seeds) - 1)
                 where = f"{kind} of image {number}, seed {now.seeds[number]}"
                 return f"first difference: {where}, prompt {now.prompts[number]!r:.60}; " + (
@@ -290,14 +291,8 @@ def first_difference(recorded: Recorded, now: Recorded) -> str | None:
     return None
 
 
-def _pairs(recorded: Sequence[str] | None, now: Sequence[str]) -> list[tuple[str | None, str]]:
-    if recorded is None or len(recorded) != len(now):
-        return [(None, value) for value in now]
-    return list(zip(recorded, now, strict=True))
-
-
 _SETTINGS = ("exclamation", "embedded_guidance", "ema")
-"""Of a machine's entries those that change what is computed; absent is the usual."""
+"""Of a machine's entries those that change what is computed; absent means the usual."""
 
 
 def _explanation(

@@ -62,7 +62,7 @@ class Request:
     latent     [C, h, w] of one image
     acts       adapter -> its strength; strengths: of all live ones, [rows, images, adapters]
     methods    those of the option `diversify`, in their order
-    spare      bytes for caches that live from row to row, None where nobody knows
+    spare      bytes for caches that live from row to row; None: unknown
     tokens     of each text that is encoded, 0 where none is
     """
 

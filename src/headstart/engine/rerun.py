@@ -74,15 +74,14 @@ def open_source(path: Path) -> Source:
     recorded = recording.parse(record, str(path))
     if recorded.position is None:
         raise InputError(f"the record in {str(path)!r} is damaged: it is not of one picture")
-    changed = (
-        f"{str(path)!r} was edited, or written again with other pixels: they are not those of the "
-        "record in it. Replay the file that was written first"
-    )
-    if png.size != recorded.size:
-        raise InputError(changed)
-    rgb = read_rgb(path)
-    if hashlib.sha256(rgb.tobytes()).hexdigest() not in recorded.results.get("rgb", ()):
-        raise InputError(changed)
+    rgb, digests = None, recorded.results.get("rgb", ())
+    if png.size == recorded.size:
+        rgb = read_rgb(path)
+    if rgb is None or hashlib.sha256(rgb.tobytes()).hexdigest() not in digests:
+        raise InputError(
+            f"{str(path)!r} was edited, or written again with other pixels: they are not those of "
+            "the record in it. Replay the file that was written first"
+        )
     return Source(record, recorded, str(path), rgb)
 
 
@@ -100,7 +99,7 @@ def _begins(path: Path, signature: bytes) -> bool:
         with path.open("rb") as file:
             return file.read(len(signature)) == signature
     except OSError:
-        return False  # which reading it as a record says
+        return False  # `read_record` raises the error
 
 
 def replay(
@@ -117,10 +116,10 @@ def replay(
     record                what Trajectory.record() gave, or the path of a record.json, of its folder
                           or of a PNG that `headstart sample` or Trajectory.save wrote. Of a picture
                           its pixels are compared; the Trajectory holds it alone
-    cond, uncond, noise   what the run was given as tensors, which the record does not hold
+    cond, uncond, noise   the tensors of the run, which the record does not hold
 
-    Digests of weights may be those that are kept on disk (`engine.digests`), so what a replay says
-    of files rests on their size, times and inode; with HEADSTART_CACHE=off it reads them through.
+    Digests of weights may come from the cache on disk (`engine.digests`), so a replay trusts the
+    files' size, times and inode; with HEADSTART_CACHE=off it reads them through.
 
     Raises InputError for a record of other weights, and for a result that is not equal, with the
     first image that differs and what differs of the machine. A network's rounding depends on
@@ -148,7 +147,7 @@ def replay(
     except InputError as error:
         raise InputError(f"the record cannot be run by these weights: its {error}") from error
     with warnings.catch_warnings():
-        # What a prompt could mean was said when it was typed; here nobody can type it otherwise.
+        # The first run warned of what a prompt could mean; in a replay it cannot be changed.
         warnings.filterwarnings("ignore", r"prompt style .* as letters|.*is read as text;")
         run, image = rerun_of(recorded, engine.text)
         again = engine.with_reading().sample(

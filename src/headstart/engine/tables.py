@@ -15,7 +15,7 @@ from headstart.plan.schedule import fingerprint_of
 from headstart.plan.table import StepTable
 
 Declared = Pair | Headers
-"""What is known of a pair's files: of loaded weights, or of headers alone."""
+"""What the files of a pair declare: loaded weights, or headers alone."""
 
 
 def compile_for(

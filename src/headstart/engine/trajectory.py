@@ -45,7 +45,7 @@ class Trajectory:
     x0          float32 [S, B, C, h, w], what each row predicted, or None unless keep_x0 was given
     table       the rows that ran
     latency_ms  text, base, distilled, decode: time on the device, of this run alone. A run that was
-                one launch stands under the model of its last row, decoder and all
+                one launch counts for the model of its last row, its decoder too
     chunk       samples that were in a network at once; decode: in the decoder, and its bands, where
                 they are not as many, and one
     lineage     the family whose latents these are, or None where the weights do not say
@@ -53,7 +53,7 @@ class Trajectory:
     adapters    name -> what was attached, and how strongly it acted
     negative    one for all images, None for none, or one an image; reading: how they and the
                 prompts are read, as arguments of `Engine.sample`, where it is not the usual way
-    given       SHA-256 of what conditioning and noise were the caller's own
+    given       SHA-256 of the caller's conditioning and noise
     diversify   the methods that acted, in their order
     chosen      the seeds whose images these are, where a method chose them for `seeds`: each alone
                 gives its image without that method
@@ -108,8 +108,8 @@ class Trajectory:
 
         The first record of these weight files reads them through, for their digests, which are kept
         in the user's cache folder (HEADSTART_CACHE moves it, "off" is none) while a file's size,
-        times and inode stay the same. Of tensors that were the caller's own it has digests alone:
-        see `headstart.replay`.
+        times and inode stay the same. Of the caller's tensors it has digests alone: see
+        `headstart.replay`.
         """
         return record.describe(self.recorded())
 
@@ -151,8 +151,11 @@ class Trajectory:
 
     def pngs(self, *, metadata: bool = True) -> list[bytes]:
         """The files that `save` writes, one an image."""
-        texts = self._texts() if metadata else [None] * len(self)
-        return [encode_png(*image) for image in zip(self._rgb, texts, strict=True)]
+        run = self.recorded() if metadata else None
+        return [
+            encode_png(rgb, None if run is None else picture_texts(run, image, self.tokens))
+            for image, rgb in enumerate(self._rgb)
+        ]
 
     def _repr_png_(self) -> bytes:
         return encode_png(self._sheet())
@@ -172,10 +175,6 @@ class Trajectory:
         return draw_contact_sheet(
             self._rgb, self.prompts, self.chosen or self.seeds, plan=self.table.name
         )
-
-    def _texts(self) -> list[dict[str, str]]:
-        run = self.recorded()
-        return [picture_texts(run, image, self.tokens) for image in range(len(self))]
 
     def recorded(self) -> record.Recorded:
         """The record as values."""
