@@ -179,7 +179,7 @@ def test_the_kernel_that_adds_an_adapter_is_in_the_graph(
 ) -> None:
     """Emulated PTX, one strength a sample; within float32 of torch's own operators."""
     stand = emulated_stand
-    adapters(stand).attach(make(stand.denoisers["base"]))
+    adapters(stand).attach(make(stand.denoisers["base"], part="attn1"))
     strengths = ((1.0,), (0.0,)), ((0.25,), (-1.0,))
     plain = [run(stand, cond_of(stand, *each)) for each in strengths]
     captures = stand.site.captures
