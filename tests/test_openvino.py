@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapter_samples import write_lora
 from networks import PARAMS, random_unet
+from test_runner import Small, call
 from tiny_pair import PLAN, tiny_engine
 from torch import Tensor, nn
 
@@ -44,25 +45,34 @@ def error(run: Callable[..., Tensor], exact: nn.Module, batch: int = 2) -> float
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_pass_is_the_network_s_for_each_batch_and_after_each_change_of_its_weights(
-    packed: bool,
-) -> None:
+def test_a_pass_is_the_networks(packed: bool) -> None:
     """Within 8 float32 errors of eager: another order of sums, and no more."""
     unet = random_unet()
     if packed and unpackable(torch.float32) is None:
         pack(unet)
-    run, eager = open_runner("openvino", unet), EagerRunner(unet)
     exact = copy.deepcopy(unet).double()
+    assert error(open_runner("openvino", unet), exact) < 8 * error(EagerRunner(unet), exact)
+
+
+def test_another_batch_and_changed_weights_are_noticed() -> None:
+    """Written to in place, by another runner too, and replaced."""
+    network = Small()
+    run, eager = open_runner("openvino", network), EagerRunner(network)
+
+    def check(batch: int) -> None:
+        torch.testing.assert_close(run(*call(batch)), eager(*call(batch)), rtol=1e-5, atol=1e-6)
+
     for batch in (2, 1, 2):
-        assert error(run, exact, batch) < 8 * error(eager, exact, batch)
+        check(batch)
     with torch.no_grad():
-        unet.conv_out.weight.mul_(-1)
-    assert error(run, exact) > 1
-    exact = copy.deepcopy(unet).double()
-    assert error(open_runner("openvino", unet), exact) < 8 * error(eager, exact)
-    unet.conv_out.weight = nn.Parameter(unet.conv_out.weight * 2, requires_grad=False)
-    exact = copy.deepcopy(unet).double()
-    assert error(run, exact) < 8 * error(eager, exact)
+        network.weight.neg_()
+    check(2)
+    with torch.no_grad():
+        network.weight.mul_(0.5)
+    open_runner("openvino", network)(*call(1))
+    check(2)
+    network.weight = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    check(2)
 
 
 def test_bfloat16_is_computed_in_bfloat16() -> None:
@@ -76,28 +86,27 @@ def test_bfloat16_is_computed_in_bfloat16() -> None:
 def test_the_programs_of_a_network_are_kept_for_its_runners_and_go_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = list[int]()
+    batches = list[int]()
     make = openvino._program
     monkeypatch.setattr(
-        openvino, "_program", lambda *args: made.append(len(args[-1]["x_in"])) or make(*args)
+        openvino, "_program", lambda *args: batches.append(len(args[-1]["x_in"])) or make(*args)
     )
-    unet = random_unet()
+    network = Small()
     for batch in (1, 1, 2, 1):
-        open_runner("openvino", unet)(*inputs(batch))
-    assert made == [1, 2]
-    alive = weakref.ref(unet)
-    del unet
+        open_runner("openvino", network)(*call(batch))
+    assert batches == [1, 2]
+    alive = weakref.ref(network)
+    del network
     gc.collect()
     assert alive() is None
 
 
 def test_an_engine_draws_by_openvino_what_it_draws_by_torch() -> None:
-    for family in ("sd15", "sdxl"):
-        eager = tiny_engine(family)
-        run = eager.with_runner("openvino")
-        done, expected = (e.sample("a fox", seeds=(1, 2), plan=PLAN) for e in (run, eager))
-        torch.testing.assert_close(done.latents, expected.latents, rtol=1e-4, atol=1e-4)
-        assert done.record()["machine"]["runner"] == "openvino"
+    eager = tiny_engine("sdxl")
+    run = eager.with_runner("openvino")
+    done, expected = (e.sample("a fox", seeds=(1, 2), plan=PLAN) for e in (run, eager))
+    torch.testing.assert_close(done.latents, expected.latents, rtol=1e-4, atol=1e-4)
+    assert done.record()["machine"]["runner"] == "openvino"
 
 
 def test_adapters_are_refused(tmp_path: Path) -> None:
@@ -105,8 +114,6 @@ def test_adapters_are_refused(tmp_path: Path) -> None:
     engine.attach(write_lora(tmp_path, engine))
     with pytest.raises(CaptureError, match=r"adapters are attached to this UNet.*OpenVINO.*eager"):
         engine.sample("a fox", seeds=1, plan=PLAN)
-    engine.detach("age")
-    assert engine.sample("a fox", seeds=1, plan=PLAN).rgb.shape == (1, 16, 16, 3)
 
 
 class Counts(nn.Module):
