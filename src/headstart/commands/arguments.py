@@ -47,8 +47,7 @@ _WEIGHTS = f"""
         CPU and the files' own on a GPU
     * --vae-dtype DTYPE    of the decoder; default: auto, bfloat16 on a GPU
     * --packed             lay weights out for the CPU's products; default: for full-size models
-    * --runner NAME        how networks are called: auto, eager, compiled, graph, replay,
-        trajectory, openvino; default: %(default)s
+    * --runner NAME        how networks are called: {", ".join(RUNNERS)}; default: %(default)s
     {PREDICTION}
     * --embedded-guidance W  what an LCM imitates; default: 8
     * --ema                the averaged weights of files that have both, or the trained ones;

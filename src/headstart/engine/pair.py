@@ -228,7 +228,8 @@ def _packed(
     unets: Mapping[str, Denoiser], decoder: Vae, packed: Packed
 ) -> bool | Literal["direct", "decoder"]:
     """As the record of a run has it."""
-    if any(map(is_packed, unets.values())):
+    direct = packed == "direct" and is_packed(decoder)
+    if direct or any(map(is_packed, unets.values())):
         return packed or True
     return "decoder" if is_packed(decoder) else False
 

@@ -64,7 +64,7 @@ class GraphRunner:
         """F, of the shape of x_in: the network's output, in memory of the caller's."""
         site = self.site or Site.of(x_in.device)
         program, inputs = self.request(x_in, timestep, cond)
-        form = tuple((name, *tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        form = form_of(inputs)
         if form not in self._refused:
             try:
                 return site.run(program, inputs)[0]
@@ -110,6 +110,11 @@ class GraphRunner:
     def _body(self, adapters: Adapters | None, inputs: Tensors) -> tuple[Tensor, ...]:
         cond = replace(unnamed(inputs), adapters=adapters)
         return (self.network(inputs["x_in"], inputs["timestep"], cond),)
+
+
+def form_of(inputs: Tensors) -> Hashable:
+    """Names, shapes and dtypes, for which a program is made once."""
+    return tuple((name, *tensor.shape, tensor.dtype) for name, tensor in inputs.items())
 
 
 def adapters_of(network: object, cond: Conditioning) -> Adapters | None:

@@ -14,22 +14,22 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from headstart.errors import CaptureError
+from headstart.errors import CaptureError, first_line
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.casting import compute_dtype
 from headstart.prompt_cache import ReadsPrompt
 from headstart.runner.binding import Binding, state_of
-from headstart.runner.graph import named, require_no_adapters, unnamed
+from headstart.runner.capture import Tensors
+from headstart.runner.graph import form_of, named, require_no_adapters, unnamed
 
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-Tensors = Mapping[str, Tensor]
 
 
 def require_openvino() -> None:
@@ -62,7 +62,8 @@ class OpenVinoNetwork:
         self.network, self.compute_dtype = network, dtype
         self._programs = _PROGRAMS.setdefault(network, _Programs())
         if hasattr(network, "prompt_key"):
-            self.prompt_key, self.read_prompt = _prompt_methods(network)
+            reader = cast("ReadsPrompt", network)
+            self.prompt_key, self.read_prompt = reader.prompt_key, reader.read_prompt
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         require_no_adapters(self.network, cond, "is a program of OpenVINO, with weights of its own")
@@ -70,11 +71,6 @@ class OpenVinoNetwork:
         with self._programs.lock:
             f = self._programs.of(self.network, self.compute_dtype, inputs)(inputs)
         return f.to(self.compute_dtype)
-
-
-def _prompt_methods(network: Any) -> tuple[Any, Any]:
-    reader: ReadsPrompt = network
-    return reader.prompt_key, reader.read_prompt
 
 
 class _Weights:
@@ -108,8 +104,7 @@ class _Programs:
         if self._weights is None or not self._weights.are_the_same():
             self._by_form.clear()
             self._weights = _Weights(network)
-        shapes = tuple((name, *tensor.shape, tensor.dtype) for name, tensor in inputs.items())
-        form = dtype, shapes, torch.get_num_threads(), state_of(network)
+        form = dtype, form_of(inputs), torch.get_num_threads(), state_of(network)
         if form not in self._by_form:
             self._by_form[form] = _program(network, dtype, inputs)
         return self._by_form[form]
@@ -149,10 +144,9 @@ def _program(network: Denoiser, dtype: torch.dtype, inputs: Tensors) -> Callable
             model = openvino.convert_model(torch.export.export(flat, example))
         request: Any = openvino.compile_model(model, "CPU", options).create_infer_request()
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
         raise CaptureError(
             f"{type(network).__name__} could not be converted for OpenVINO: "
-            f"{type(error).__name__}: {reason[0]:.300}; use runner='eager'"
+            f"{type(error).__name__}: {first_line(error):.300}; use runner='eager'"
         ) from error
 
     def call(tensors: Tensors) -> Tensor:
